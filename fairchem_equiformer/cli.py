@@ -1,0 +1,47 @@
+"""The `fairchem` command: that of fairchem-core, with this package's models and clear errors."""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import sys
+import warnings
+
+from fairchem.core import _cli
+from fairchem.core.common.flags import flags
+from fairchem.core.common.utils import setup_logging
+
+from fairchem_equiformer import preflight
+
+EXIT_BAD_INPUT = 2  # as argparse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run fairchem-core's program.
+
+    Everything is fairchem-core's own but for a leading `main`, which is dropped, and the input,
+    which is checked before the run starts. Importing this package has registered its models.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if not given.
+
+    Returns:
+        The exit status: 0, or 2 for input that a run cannot start with.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = flags.get_parser()
+    parser.prog = "fairchem"
+    args, overrides = parser.parse_known_args(argv[1:] if argv[:1] == ["main"] else argv)
+    # Of no use to who runs the command, and printed for each file of each of fairchem's models.
+    warnings.filterwarnings("ignore", "You are using `torch.load`", category=FutureWarning)
+    setup_logging()
+    try:
+        preflight.check(args, overrides)
+    except preflight.InputError as error:
+        print(f"fairchem: error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_BAD_INPUT
+    if args.sweep_yml is not None:
+        # fairchem-core reads sweeps with a name that left `collections` in Python 3.10.
+        collections.MutableMapping = collections.abc.MutableMapping  # type: ignore[attr-defined]
+    _cli.main(args, overrides)
+    return 0

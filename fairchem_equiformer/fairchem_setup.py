@@ -1,0 +1,76 @@
+"""What fairchem-core 1.10 needs put right before it runs here.
+
+fairchem-core imports each of its models when it starts, and those of others need packages that
+this one does not (torch-sparse, torch-cluster): `import_local_file` lets them be missing. And it
+saves the name of a task where it later looks for that of a trainer: `install` knows both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING
+
+from fairchem.core.common import utils
+from fairchem.core.common.registry import registry
+from fairchem.core.trainers import OCPTrainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# What fairchem-core saves as `config["trainer"]` for its own trainers of forces and energies.
+TASKS_SAVED_AS_TRAINERS = ("s2ef", "is2re")
+
+_tried: set[Path] = set()
+
+
+def install() -> None:
+    """Make fairchem-core in this process tolerant; idempotent, and cheap once it is imported.
+
+    Covers `fairchem.core.common.utils.setup_imports` whoever has imported it by name, and
+    `OCPCalculator(checkpoint_path=...)` on checkpoints of the `equiformerv2_*` trainers.
+    """
+    utils._import_local_file = import_local_file  # noqa: SLF001
+    for name in TASKS_SAVED_AS_TRAINERS:
+        registry.register_trainer(name)(OCPTrainer)
+
+
+def import_local_file(path: Path, *, project_root: Path) -> None:
+    """Import one Python file of fairchem-core; of its models, those that can be imported.
+
+    The first file of a model brings in all of them, so that one line can name those skipped.
+
+    Args:
+        path: The file, below `project_root`.
+        project_root: The folder of the `fairchem` namespace, as fairchem-core's own function
+            of this name takes it.
+
+    Raises:
+        ImportError: If a file that belongs to no model cannot be imported.
+    """
+    models = project_root / "core" / "models"
+    if not path.is_relative_to(models):
+        importlib.import_module(_module_name(path, project_root))
+        return
+    if path in _tried:
+        return
+    skipped: dict[str, set[str]] = {}  # reason -> models
+    for file in sorted(models.rglob("*.py")):
+        _tried.add(file)
+        try:
+            importlib.import_module(_module_name(file, project_root))
+        except (ImportError, OSError) as error:  # OSError: a compiled library for another torch
+            model = file.relative_to(models).parts[0].removesuffix(".py")
+            skipped.setdefault(str(error), set()).add(model)
+    if skipped:
+        logger.info(
+            "fairchem models skipped: %s",
+            "; ".join(f"{', '.join(sorted(names))} ({why})" for why, names in skipped.items()),
+        )
+
+
+def _module_name(path: Path, project_root: Path) -> str:
+    """Dotted name of a file below the folder of the `fairchem` namespace."""
+    return ".".join((project_root.name, *path.relative_to(project_root).with_suffix("").parts))

@@ -1,0 +1,274 @@
+"""Looks at the input of a `fairchem` run before the run starts.
+
+fairchem-core meets a missing file or key after minutes of set-up, with a traceback that does not
+name it. Each check here costs little and raises one line that says what is wrong, where it stands
+and what to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
+
+import fairchem.core
+import torch
+import yaml
+from fairchem.core.common.registry import registry
+from fairchem.core.common.utils import create_dict_from_args, load_config, merge_dicts
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+Config = dict[str, Any]
+
+SPLIT_READ_BY_MODE = {
+    "train": "train",
+    "validate": "val",
+    "predict": "test",
+    "run-relaxations": "relax",
+}
+# The formats that are LMDB files; of the others, only their classes know what `src` means.
+LMDB_FORMATS = frozenset({"lmdb", "single_point_lmdb", "trajectory_lmdb", "oc22_lmdb"})
+LBFGS_OPTIONS = frozenset({"maxstep", "memory", "damping", "alpha", "traj_dir"})
+SCHEDULE_IN_EPOCHS = frozenset({"equiformerv2_forces", "equiformerv2_energy"})
+
+
+class InputError(Exception):
+    """Input that a run cannot start with. The message is one line, written for the user."""
+
+
+def check(args: Namespace, overrides: list[str]) -> None:
+    """Check all that a run reads before it computes.
+
+    Args:
+        args: The options that fairchem-core's parser knows.
+        overrides: The others: `--key.subkey=value`, which change the config.
+
+    Raises:
+        InputError: At the first thing found wrong.
+    """
+    if args.mode is None:
+        raise InputError(f"--mode is missing: one of {', '.join(SPLIT_READ_BY_MODE)}")
+    if args.submit and shutil.which("sbatch") is None:
+        raise InputError(
+            "--submit needs Slurm, and no sbatch is on the PATH; without it the run starts here"
+        )
+    if args.sweep_yml is not None:
+        _require_file("--sweep-yml", args.sweep_yml)
+    config = read_config(args.config_yml, overrides)
+    _check_sections(args.config_yml, config)
+    if "multitask" in config.get("trainer", ""):
+        return  # its data stand elsewhere in the config
+    splits = _splits(args.config_yml, config)
+    _check_data(args.config_yml, splits, args.mode)
+    _check_checkpoint(args.checkpoint, config, splits, args.mode)
+    if args.mode == "run-relaxations":
+        _check_relaxation(args.config_yml, config.get("task") or {})
+        _check_sids(splits["relax"])
+
+
+def read_config(path: Path, overrides: list[str]) -> Config:
+    """Read a config file with its includes and apply overrides, as fairchem-core will.
+
+    Raises:
+        InputError: If a file is missing or is not a mapping in YAML, if includes contradict each
+            other, or if an override is not `--key.subkey=value`.
+    """
+    _require_file("--config-yml", path)
+    try:
+        config, _, contradictions = load_config(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from error
+    except (AttributeError, TypeError) as error:
+        raise InputError(
+            f"{path}: a config maps keys to values, and `includes` is a list of files ({error})"
+        ) from error
+    if contradictions:
+        raise InputError(
+            f"{path}: its includes give different values for {', '.join(contradictions)}; "
+            "include one of them, or set the values in the file itself"
+        )
+    for override in overrides:
+        if not override.startswith("--") or override.count("=") != 1:
+            raise InputError(
+                f"cannot read the argument {override!r}: it is no option of fairchem, and a value "
+                "of the config is changed by --key.subkey=value"
+            )
+    return merge_dicts(config, create_dict_from_args(overrides))[0]
+
+
+def _require_file(option: str, path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{option}: no such file: {path} (looked from {Path.cwd()})")
+
+
+def _check_sections(file: Path, config: Config) -> None:
+    for key in ("model", "dataset", "optim"):
+        if not config.get(key):
+            raise InputError(f"{file}: the section `{key}` is missing")
+    if not config["model"].get("name"):
+        raise InputError(
+            f"{file}: model.name is missing; this package's is fairchem_equiformer.EquiformerV2"
+        )
+
+
+def _splits(file: Path, config: Config) -> dict[str, Config]:
+    """Settings of each split, completed by those of the training set as the trainers do."""
+    dataset = config["dataset"]
+    if isinstance(dataset, list):  # the form of configs from before fairchem
+        dataset = dict(zip(("train", "val", "test"), dataset, strict=False))
+    names = tuple(SPLIT_READ_BY_MODE.values())
+    if not set(dataset) & set(names):
+        raise InputError(f"{file}: dataset holds none of {', '.join(names)}")
+    given = {name: dataset.get(name) or {} for name in names}
+    shared = {key: value for key, value in given["train"].items() if key != "src"}
+    return {
+        name: {**shared, **split} if split.get("use_train_settings", True) else split
+        for name, split in given.items()
+    }
+
+
+def _check_data(file: Path, splits: dict[str, Config], mode: str) -> None:
+    """Every file of data that the trainer will open is there."""
+    needed = SPLIT_READ_BY_MODE[mode]
+    if not splits[needed].get("src"):
+        raise InputError(
+            f"{file}: dataset.{needed}.src is not set, and --mode {mode} reads it; "
+            f"set it there or by --dataset.{needed}.src=PATH"
+        )
+    for name, split in splits.items():
+        key = f"dataset.{name}.src"
+        if split.get("src") and split.get("format", "lmdb") in LMDB_FORMATS:
+            _check_lmdb(f"{file}: {key}", split["src"], hint=f"set it there or by --{key}=PATH")
+    for key, path in _statistics_files(splits["train"]):
+        if not Path(path).is_file():
+            raise InputError(f"{file}: {key}: no such file: {path} (looked from {Path.cwd()})")
+
+
+def _check_lmdb(where: str, src: str | list[str], hint: str) -> None:
+    """One LMDB file, or one folder of them."""
+    paths = [src] if isinstance(src, str) else list(src)
+    if len(paths) != 1:
+        raise InputError(f"{where}: {len(paths)} paths, where this format reads one file or folder")
+    path = Path(paths[0])
+    if path.is_dir() and not any(path.glob("*.lmdb")):
+        problem = f"no .lmdb file in the folder {path}"
+    elif not path.exists():
+        problem = f"no such file or folder: {path} (looked from {Path.cwd()})"
+    else:
+        return
+    raise InputError(f"{where}: {problem}. {_where_to_get(path)}If the data lie elsewhere, {hint}")
+
+
+def _where_to_get(path: Path) -> str:
+    """How to download what fairchem keeps at such a path; empty for data of one's own."""
+    parts = path.parts
+    if any("oc22" in part.lower() for part in parts):
+        return "Download the OC22 LMDBs from https://fair-chem.github.io/core/datasets/oc22.html. "
+    script = Path(fairchem.core.__path__[0]) / "scripts" / "download_data.py"
+    page = "https://fair-chem.github.io/core/datasets/oc20.html"
+    for task in ("s2ef", "is2re"):
+        if task in parts:
+            above, below = parts[: parts.index(task)], parts[parts.index(task) + 1 :]
+            command = f"python {script} --data-path {Path(*above)} --task {task}"
+            if task == "is2re":
+                return f"Download OC20 IS2RE (all splits; {page}): {command}. "
+            commands = " and ".join(f"{command} --split {name}" for name in _s2ef_splits(below))
+            return f"Download OC20 S2EF ({page}): {commands}. "
+    return ""
+
+
+def _s2ef_splits(below: tuple[str, ...]) -> list[str]:
+    """Splits of fairchem's download script that fill a folder such as `all/val_id`."""
+    size, subset = (*below, "train", "train")[:2]
+    if subset.startswith("val"):
+        return [subset]
+    if subset.startswith("test"):
+        return ["test"]
+    return ["all", "md"] if size == "all_md" else [size]
+
+
+def _statistics_files(train: Config) -> Iterator[tuple[str, str]]:
+    """Keys and paths of the files with normalisers and element references."""
+    transforms = train.get("transforms") or {}
+    for kind in ("element_references", "normalizer"):
+        for target, settings in (transforms.get(kind) or {}).items():
+            key = f"dataset.train.transforms.{kind}"
+            if target == "file":
+                yield f"{key}.file", settings
+            elif isinstance(settings, dict) and settings.get("file"):
+                yield f"{key}.{target}.file", settings["file"]
+
+
+def _check_checkpoint(
+    path: str | None, config: Config, splits: dict[str, Config], mode: str
+) -> None:
+    """The checkpoint exists, can be read, and fits the trainer that will load it."""
+    if path is None:
+        if mode != "train":
+            raise InputError(f"--mode {mode} needs --checkpoint, e.g. a run's best_checkpoint.pt")
+        return
+    if Path(path).is_dir() and config["optim"].get("checkpoint_format") == "dcp":
+        return
+    _require_file("--checkpoint", Path(path))
+    if "state_dict" not in (checkpoint := _load(path)):
+        raise InputError(f"--checkpoint: {path} holds no state_dict: not a checkpoint of fairchem")
+    trainer = config.get("trainer")
+    if trainer in SCHEDULE_IN_EPOCHS and not splits["train"].get("src"):
+        if trainer == "equiformerv2_energy":
+            raise InputError(
+                f"the trainer {trainer} needs dataset.train.src even for --mode {mode}"
+            )
+        if checkpoint.get("scheduler") is not None:
+            raise InputError(
+                f"--checkpoint: {path} holds the state of training, which the trainer {trainer} "
+                "loads only with dataset.train.src set; use best_checkpoint.pt of the same folder"
+            )
+
+
+def _load(path: str) -> Config:
+    """A checkpoint's contents; its tensors stay on disk."""
+    try:
+        # Old releases of torch wrote another format, which can be read but not mapped.
+        content = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=False)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"--checkpoint: {path} cannot be read ({reason}); copy it again if it is incomplete"
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _check_relaxation(file: Path, task: Config) -> None:
+    options = task.get("relax_opt")
+    if options is None:
+        raise InputError(
+            f"{file}: task.relax_opt is missing; it holds the settings of LBFGS: "
+            f"{', '.join(sorted(LBFGS_OPTIONS))}"
+        )
+    if unknown := set(options) - LBFGS_OPTIONS:
+        raise InputError(
+            f"{file}: task.relax_opt: unknown {', '.join(sorted(unknown))}; "
+            f"known are {', '.join(sorted(LBFGS_OPTIONS))}"
+        )
+
+
+def _check_sids(split: Config) -> None:
+    """No two systems share a sid: trajectories and relaxed positions are named by it."""
+    dataset = registry.get_dataset_class(split.get("format", "lmdb"))(split)
+    logger.info("checking that the sids of %d systems differ", len(dataset))
+    first: dict[str, int] = {}
+    for index in range(len(dataset)):
+        sid = str(dataset[index].sid)
+        if sid in first:
+            raise InputError(
+                f"dataset.relax.src: {split['src']}: systems {first[sid]} and {index} share the "
+                f"sid {sid}, which names their results; give each system its own"
+            )
+        first[sid] = index
