@@ -1,0 +1,406 @@
+"""Neighbour search under periodic boundary conditions, in time linear in the number of atoms.
+
+The edges are those of fairchem-core 1.10 (``radius_graph_pbc``), in its order. Its rule for the
+neighbours of an atom, with all comparisons on squared distances in the precision of the positions:
+
+* candidates are all images of all atoms within the cutoff, the boundary included;
+* strict: the ``max_neighbors`` nearest of them;
+* not strict: all that are no farther than the next one, the ``max_neighbors + 1``-th, plus 0.01 A^2.
+
+Crystals are full of equal distances, which rounding makes unequal here and there, so that the last
+bit decides: a squared distance is computed by the very operations of fairchem. Where the strict
+mode still has to choose among equals, fairchem takes those that ``torch.sort`` happens to put first
+in a table of all distances within the cutoff. That sort is not stable on the CPU: its choice hangs
+on the width of the table, which is the largest number of candidates of any atom in the batch. For
+atoms with such a tie, and only if there are any, the same table is built and sorted.
+
+The search around this is free to do as it likes. Atoms that may matter are copied into a shell
+around their cell ("ghosts") and sorted into columns; each target looks through the columns around
+it. It starts with a radius that should hold enough neighbours and asks again with a larger one for
+the atoms that did not get them: far fewer pairs are looked at than there are within the cutoff, and
+which radii are tried has no influence on the result. Unlike fairchem's, it does not depend on how
+atoms are wrapped into the cell.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TIE_TOLERANCE = 0.01
+"""How much farther (A^2) than the first excluded neighbour the non-strict mode still accepts."""
+
+_PAIRS_AT_ONCE = 1 << 18  # candidate pairs in flight: bounds the memory, about 100 bytes a pair
+_SURPLUS = 3.0  # neighbours expected in the first radius, over those wanted: surfaces have half
+_GROWTH = 1.6  # of the radius from one round to the next
+_COLUMNS = 2  # columns per search radius across, in x and in y
+_LAYERS = 8  # layers per search radius along a column, in z
+_MAX_BINS = 1 << 16  # per direction: keeps sort keys within 64 bits however far atoms are apart
+
+
+class NeighborList(NamedTuple):
+    """Directed edges, sorted by target, then source, then image."""
+
+    source: Tensor  # [E] int64
+    target: Tensor  # [E] int64
+    image: Tensor  # [E, 3] int64, lattice vectors to add to the source's position
+
+
+class _Rule(NamedTuple):
+    cutoff: float
+    max_neighbors: int
+    strict: bool
+
+
+@dataclass(frozen=True)
+class _Atoms:
+    """What all rounds of the search share."""
+
+    pos: Tensor  # [N, 3] as given
+    cell: Tensor  # [G, 3, 3] as given
+    batch: Tensor  # [N] int64
+    lattice: Tensor  # [G, 3, 3] float64, rows of directions that are not periodic are zero
+    per_length: Tensor  # [G, 3] float64, 1 / spacing of the lattice planes; 0 if not periodic
+    fractional: Tensor  # [N, 3] float64, in [0, 1); 0 in directions that are not periodic
+    wrapped: Tensor  # [N, 3] float64, positions moved into the cell
+    home: Tensor  # [N, 3] int64, pos = wrapped + home @ lattice
+    images: float  # of a cell that fairchem's table of this batch has
+
+
+class _Ghosts(NamedTuple):
+    """Images of atoms within reach of the targets, ordered by atom, then by image."""
+
+    atom: Tensor  # [M] int64
+    image: Tensor  # [M, 3] int64, of the wrapped atom
+    pos: Tensor  # [M, 3] float64
+
+
+class _Columns(NamedTuple):
+    """Ghosts sorted into columns along z, and where in them each target has to look."""
+
+    ghost: Tensor  # [M] int64, ghosts in sorted order
+    start: Tensor  # [T, columns] int64, first place in that order
+    length: Tensor  # [T, columns] int64
+
+
+class _Pairs(NamedTuple):
+    """Pairs within the cutoff, all targets' up to some radius at least."""
+
+    row: Tensor  # [P] int64, ascending, index into the targets
+    key: Tensor  # [P] int64, in ascending order pairs are as in the result
+    source: Tensor  # [P] int64
+    image: Tensor  # [P, 3] int64
+    distance_sqr: Tensor  # [P] Angstrom^2
+
+    def in_order(self, chosen: Tensor) -> Tensor:
+        return chosen[torch.argsort(self.key[chosen])]
+
+    def edges(self, targets: Tensor, chosen: Tensor) -> NeighborList:
+        return NeighborList(self.source[chosen], targets[self.row[chosen]], self.image[chosen])
+
+
+def plane_spacings(cell: Tensor, pbc: Tensor) -> Tensor:
+    """Distance between neighbouring lattice planes along each periodic direction.
+
+    Args:
+        cell: [G, 3, 3] Angstrom, lattice vectors as rows.
+        pbc: [G, 3] bool.
+
+    Returns:
+        [G, 3] float64 on the CPU, Angstrom. Infinite where not periodic; zero in all periodic
+        directions where the periodic vectors are linearly dependent.
+    """
+    lattice, inverse = _lattice(cell, pbc)
+    unit = torch.diag_embed(pbc.cpu().double())
+    dependent = ((lattice @ inverse - unit).abs() > 1e-6).flatten(1).any(dim=1)
+    spacing = 1 / torch.linalg.vector_norm(inverse, dim=1)
+    spacing = torch.where(dependent.unsqueeze(1), 0.0, spacing)
+    return torch.where(pbc.cpu(), spacing, torch.inf)
+
+
+@torch.no_grad()
+def neighbor_list(  # noqa: PLR0913
+    pos: Tensor,
+    cell: Tensor,
+    pbc: Tensor,
+    natoms: Tensor,
+    *,
+    cutoff: float,
+    max_neighbors: int,
+    strict: bool,
+) -> NeighborList:
+    """Find the neighbours of every atom among all periodic images; see the module for the rule.
+
+    An atom is its own neighbour only through an image. Atoms at one point are found like others.
+
+    Args:
+        pos: [N, 3] Angstrom, atoms of a structure contiguous, finite, wrapped or not.
+        cell: [G, 3, 3] Angstrom, lattice vectors as rows; those of directions that are not
+            periodic are ignored, the others are linearly independent (`plane_spacings`).
+        pbc: [G, 3] bool, periodic directions of each structure.
+        natoms: [G] int64, atoms of each structure.
+        cutoff: Angstrom.
+        max_neighbors: Neighbours kept for an atom; zero or less keeps all.
+        strict: Keep no more than that among equally distant ones.
+
+    Returns:
+        Edges sorted by target, then source, then image.
+    """
+    rule = _Rule(cutoff, max_neighbors, strict)
+    atoms = _prepare(pos, cell, pbc, natoms, cutoff)
+    radius = _first_radius(atoms, pbc, natoms, rule)
+    pending = torch.arange(len(pos), device=pos.device)
+    found = [NeighborList(pending[:0], pending[:0], atoms.home[:0])]
+    tied = [pending[:0]]
+    while len(pending) > 0:
+        incomplete = []
+        for targets, pairs in _pairs(atoms, pending, radius, cutoff):
+            limit, tie = _limit(pairs, len(targets), rule)
+            target_radius = radius[atoms.batch[targets]]
+            complete = (limit <= target_radius**2) | (target_radius >= cutoff)
+            incomplete.append(targets[~complete])
+            tied.append(targets[complete & tie])
+            limit = torch.where(complete & ~tie, limit, -1.0)
+            chosen = torch.nonzero(pairs.distance_sqr <= limit[pairs.row]).squeeze(1)
+            found.append(pairs.edges(targets, pairs.in_order(chosen)))
+        pending = torch.cat(incomplete)
+        radius = (radius * _GROWTH).clamp(max=cutoff)
+    found += _break_ties(atoms, torch.cat(tied), rule)
+    source, target, image = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order = torch.argsort(target, stable=True)
+    return NeighborList(source[order], target[order], image[order])
+
+
+def _lattice(cell: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
+    """Periodic lattice vectors (others zero) and their pseudo-inverse, [G, 3, 3] float64, CPU."""
+    lattice = cell.detach().cpu().double() * pbc.cpu().unsqueeze(2)
+    return lattice, torch.linalg.pinv(lattice)
+
+
+def _prepare(pos: Tensor, cell: Tensor, pbc: Tensor, natoms: Tensor, cutoff: float) -> _Atoms:
+    lattice, inverse = _lattice(cell, pbc)
+    per_length = torch.linalg.vector_norm(inverse, dim=1) * pbc.cpu()
+    repeats = torch.ceil(cutoff * pad(per_length, (0, 0, 1, 0)).amax(dim=0))
+    lattice, inverse, per_length = (x.to(pos.device) for x in (lattice, inverse, per_length))
+    batch = torch.repeat_interleave(natoms)
+    fractional = torch.einsum("ni,nij->nj", pos.double(), inverse[batch]) * pbc[batch]
+    home = fractional.floor()
+    return _Atoms(
+        pos=pos,
+        cell=cell,
+        batch=batch,
+        lattice=lattice,
+        per_length=per_length,
+        fractional=fractional - home,
+        wrapped=pos.double() - torch.einsum("ni,nij->nj", home, lattice[batch]),
+        home=home.long(),
+        images=(2 * repeats + 1).prod().item(),
+    )
+
+
+def _first_radius(atoms: _Atoms, pbc: Tensor, natoms: Tensor, rule: _Rule) -> Tensor:
+    """Radius for the first round, [G] Angstrom, from the density of the space that has atoms."""
+    if rule.max_neighbors <= 0:
+        return atoms.wrapped.new_full((len(natoms),), rule.cutoff)
+    extent = _segment(atoms.wrapped, "max", natoms) - _segment(atoms.wrapped, "min", natoms)
+    occupied = (extent + 2).prod(dim=1)  # an atom takes about 1 Angstrom each way
+    volume = torch.where(pbc.all(dim=1), torch.linalg.det(atoms.lattice).abs(), torch.inf)
+    volume_per_atom = torch.minimum(occupied, volume) / natoms
+    wanted = _SURPLUS * (rule.max_neighbors + 1)
+    radius = (wanted * volume_per_atom * 3 / (4 * math.pi)) ** (1 / 3)
+    return radius.nan_to_num(nan=rule.cutoff).clamp(max=rule.cutoff)
+
+
+def _segment(values: Tensor, reduce: str, lengths: Tensor) -> Tensor:
+    return torch.segment_reduce(values, reduce, lengths=lengths, axis=0)
+
+
+def _reach(radius: Tensor) -> Tensor:
+    """A little more than the radius: the distances that decide are rounded otherwise."""
+    return 1.001 * radius + 0.01
+
+
+def _pairs(
+    atoms: _Atoms, targets: Tensor, radius: Tensor, cutoff: float
+) -> Iterator[tuple[Tensor, _Pairs]]:
+    """Look around the targets; yield bounded runs of them, in order, with their pairs."""
+    reach = _reach(radius)
+    ghosts = _ghosts(atoms, targets, reach)
+    columns = _sort_into_columns(atoms, targets, ghosts, reach)
+    for run in _runs(columns.length.sum(dim=1)):
+        looked_at = _Columns(columns.ghost, columns.start[run], columns.length[run])
+        row, ghost = _candidates(atoms, targets[run], ghosts, looked_at, reach)
+        source, target = ghosts.atom[ghost], targets[run][row]
+        image = ghosts.image[ghost] - atoms.home[source] + atoms.home[target]
+        distance_sqr = _distance_sqr(atoms, source, target, image)
+        itself = (source == target) & (image == 0).all(dim=1)
+        near = torch.nonzero((distance_sqr <= cutoff * cutoff) & ~itself).squeeze(1)
+        key = row * len(ghosts.atom) + ghost
+        yield (
+            targets[run],
+            _Pairs(row[near], key[near], source[near], image[near], distance_sqr[near]),
+        )
+
+
+def _ghosts(atoms: _Atoms, targets: Tensor, reach: Tensor) -> _Ghosts:
+    """All images of atoms in the parallelepiped around the targets, widened by the reach."""
+    lengths = torch.bincount(atoms.batch[targets], minlength=len(reach))
+    widening = reach.unsqueeze(1) * atoms.per_length  # [G, 3]
+    low = _segment(atoms.fractional[targets], "min", lengths) - widening
+    high = _segment(atoms.fractional[targets], "max", lengths) + widening
+    atom = torch.nonzero(lengths[atoms.batch] > 0).squeeze(1)
+    graph, fractional = atoms.batch[atom], atoms.fractional[atom]
+    first = torch.ceil(low[graph] - fractional).long()
+    last = torch.floor(high[graph] - fractional).long()
+    extent = (last - first + 1).clamp(min=0)  # [S, 3] images along each direction
+    rank, owner = _enumerate(extent.prod(dim=1))
+    size_b, size_c = extent[owner, 1], extent[owner, 2]
+    place = torch.stack((rank // (size_b * size_c), rank // size_c % size_b, rank % size_c), dim=1)
+    image = first[owner] + place
+    shift = torch.einsum("mi,mij->mj", image.double(), atoms.lattice[graph[owner]])
+    return _Ghosts(atom[owner], image, atoms.wrapped[atom[owner]] + shift)
+
+
+def _enumerate(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the members of consecutive groups: rank within the group, and group, of each."""
+    owner = torch.repeat_interleave(lengths)
+    first = torch.cumsum(lengths, dim=0) - lengths
+    return torch.arange(len(owner), device=owner.device) - first[owner], owner
+
+
+def _sort_into_columns(
+    atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, reach: Tensor
+) -> _Columns:
+    """Sort ghosts by structure, x, y and layer in z; find each target's stretch of each column."""
+    graph, target_graph = atoms.batch[ghosts.atom], atoms.batch[targets]
+    per_length = reach.new_tensor([_COLUMNS, _COLUMNS, _LAYERS]) / reach.unsqueeze(1)  # [G, 3]
+    bins = ghosts.pos * per_length[graph]
+    origin = bins.amin(dim=0) - _COLUMNS - 1  # leaves room beside the outermost columns
+    bins = (bins - origin).clamp(max=_MAX_BINS).long()
+    size_x, size_y, size_z = (bins.amax(dim=0) + _COLUMNS + 1).unbind()
+
+    def key(graph: Tensor, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return ((graph * size_x + x) * size_y + y) * size_z + z
+
+    sorted_keys, order = torch.sort(key(graph, *bins.unbind(dim=1)))
+    place = atoms.wrapped[targets] * per_length[target_graph] - origin
+    x, y, _ = place.clamp(max=_MAX_BINS).long().unsqueeze(2).unbind(dim=1)  # [T, 1]
+    z = place[:, 2:]
+    low = (z - _LAYERS).clamp(min=0, max=_MAX_BINS).long()
+    high = torch.minimum((z + _LAYERS).clamp(max=_MAX_BINS).long(), size_z - 1)
+    step = torch.arange(-_COLUMNS, _COLUMNS + 1, device=reach.device)
+    dx, dy = torch.cartesian_prod(step, step).unbind(dim=1)  # [columns]
+    column = (target_graph.unsqueeze(1), x + dx, y + dy)
+    start = torch.searchsorted(sorted_keys, key(*column, low))
+    end = torch.searchsorted(sorted_keys, key(*column, high), right=True)
+    return _Columns(order, start, end - start)
+
+
+def _runs(sizes: Tensor) -> list[slice]:
+    """Cut a list into runs whose sizes add up to about `_PAIRS_AT_ONCE`."""
+    run = torch.cumsum(sizes, dim=0) // _PAIRS_AT_ONCE
+    ends = torch.cumsum(torch.unique_consecutive(run, return_counts=True)[1], dim=0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _candidates(
+    atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, columns: _Columns, reach: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows of targets, ascending, and ghosts within reach of them, as two [P] int64."""
+    rank, stretch = _enumerate(columns.length.flatten())
+    ghost = columns.ghost[columns.start.flatten()[stretch] + rank]
+    row = stretch // columns.length.shape[1]
+    separation = ghosts.pos[ghost] - atoms.wrapped[targets][row]
+    limit = reach[atoms.batch[targets]] ** 2
+    near = torch.nonzero((separation**2).sum(dim=1) <= limit[row]).squeeze(1)
+    return row[near], ghost[near]
+
+
+def _distance_sqr(atoms: _Atoms, source: Tensor, target: Tensor, image: Tensor) -> Tensor:
+    """Squared distances, [P] Angstrom^2, to the last bit those of fairchem's search."""
+    offset = _image_offset(atoms, atoms.batch[target], image)
+    square = (atoms.pos[target] - (atoms.pos[source] + offset)) ** 2
+    return (square[:, 0] + square[:, 1]) + square[:, 2]
+
+
+def _image_offset(atoms: _Atoms, graph: Tensor, image: Tensor) -> Tensor:
+    """``image @ cell``, [P, 3] Angstrom, to the last bit as fairchem's search has it.
+
+    That multiplies every cell with a table of all images in one ``bmm``. Under 400 multiply-adds
+    torch sums in order; above, the order is known only to the BLAS library, so it is asked.
+    """
+    image = image.to(atoms.cell.dtype)
+    if 9 * atoms.images < 400:
+        a, b, c = atoms.cell[graph].unbind(dim=1)
+        return (image[:, :1] * a + image[:, 1:2] * b) + image[:, 2:] * c
+    counts = torch.bincount(graph, minlength=len(atoms.cell)).tolist()
+    offsets = []
+    for cell, images in zip(atoms.cell, image.split(counts), strict=True):
+        table = pad(images, (0, 0, 0, max(0, 45 - len(images))))
+        product = torch.bmm(cell.T.unsqueeze(0), table.T.unsqueeze(0))
+        offsets.append(product[0].T[: len(images)])
+    return torch.cat(offsets)
+
+
+def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor]:
+    """Largest squared distance that each target accepts, and whether more accept it than may.
+
+    Returns:
+        [rows] Angstrom^2, infinite if all pairs are accepted, and [rows] bool.
+    """
+    limit = pairs.distance_sqr.new_full((rows,), torch.inf)
+    tie = torch.zeros_like(limit, dtype=torch.bool)
+    count = torch.bincount(pairs.row, minlength=rows)
+    k = rule.max_neighbors
+    if k <= 0 or int(count.max()) <= k:
+        return limit, tie
+    table = _table(pairs.row, pairs.distance_sqr, count, int(count.max()))
+    nearest = torch.topk(table, k + 1, dim=1, largest=False).values
+    full = count > k
+    if rule.strict:
+        limit = torch.where(full, nearest[:, k - 1], limit)
+        tie = full & (nearest[:, k - 1] == nearest[:, k])
+    else:
+        limit = torch.where(full, nearest[:, k] + TIE_TOLERANCE, limit)
+    return limit, tie
+
+
+def _table(row: Tensor, values: Tensor, count: Tensor, width: int) -> Tensor:
+    """Values of each row side by side, [rows, width], filled up with infinity."""
+    table = values.new_full((len(count), width), torch.inf)
+    first = torch.cumsum(count, dim=0) - count
+    table[row, torch.arange(len(row), device=row.device) - first[row]] = values
+    return table
+
+
+def _break_ties(atoms: _Atoms, tied: Tensor, rule: _Rule) -> list[NeighborList]:
+    """Edges of the targets where the strict rule has to choose among equals, as fairchem does."""
+    if len(tied) == 0:
+        return []
+    everyone = torch.arange(len(atoms.batch), device=tied.device)
+    is_tied = torch.zeros_like(everyone, dtype=torch.bool)
+    is_tied[tied] = True
+    radius = atoms.per_length.new_full((len(atoms.cell),), rule.cutoff)
+    width, undecided = 0, []
+    for targets, pairs in _pairs(atoms, everyone, radius, rule.cutoff):
+        width = max(width, int(torch.bincount(pairs.row, minlength=1).max()))
+        mine = pairs.in_order(torch.nonzero(is_tied[targets][pairs.row]).squeeze(1))
+        undecided.append((pairs.edges(targets, mine), pairs.distance_sqr[mine]))
+    decided = []
+    for edges, distance_sqr in undecided:
+        _, row, count = torch.unique_consecutive(
+            edges.target, return_inverse=True, return_counts=True
+        )
+        nearest = torch.sort(_table(row, distance_sqr, count, width), dim=1).indices
+        first = torch.cumsum(count, dim=0) - count
+        chosen = (first.unsqueeze(1) + nearest[:, : rule.max_neighbors]).flatten().sort().values
+        decided.append(NeighborList(edges.source[chosen], edges.target[chosen], edges.image[chosen]))
+    return decided
