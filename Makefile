@@ -30,24 +30,25 @@ install: $(STAMP)
 	@# fairchem-core installs a `fairchem` too; installed again later, it takes the place of ours.
 	@grep -qs fairchem_equiformer $(BIN)/fairchem || { \
 		echo '== Putting our fairchem command back in place'; \
-		$(PIP) install --quiet --no-deps --no-build-isolation --force-reinstall --editable .; }
+		$(PIP) install -qq --no-deps --no-build-isolation --force-reinstall --editable .; }
 
 $(STAMP): setup.cfg setup.py pyproject.toml startup/fairchem_equiformer_startup.pth \
 		startup/fairchem_equiformer_startup.py
 	@test -n '$(PYTHON)' && $(PYTHON) -c '$(SUITS)' || { \
-		echo 'error: Python 3.10, 3.11 or 3.12 is needed, and $(or $(PYTHON),python3) is $(shell \
-		$(or $(PYTHON),python3) --version 2>&1); run make with PYTHON=/path/to/python3.11' >&2; exit 1; }
+		echo 'error: Python 3.10, 3.11 or 3.12 is needed, and $(or $(PYTHON),python3) is' \
+			"$$($(or $(PYTHON),python3) --version 2>&1);" \
+			'run make with PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@test -x $(BIN)/python || { echo '== Making $(VENV) with $(PYTHON)'; \
 		$(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c '$(SUITS)' || { \
-		echo 'error: $(VENV) has $(shell $(BIN)/python --version 2>&1), not 3.10 to 3.12; run make clean' >&2; \
-		exit 1; }
+		echo "error: $(VENV) has $$($(BIN)/python --version 2>&1);" \
+			'Python 3.10, 3.11 or 3.12 is needed: run make clean, then again' >&2; exit 1; }
 	@echo '== 1/3 PyTorch and what builds extensions of it (1 to 5 minutes)'
-	@$(PIP) install --quiet 'setuptools>=70,<81' wheel 'torch==2.4.*' 'numpy<2'
+	@$(PIP) install -qq 'setuptools>=70,<81' wheel 'torch==2.4.*' 'numpy<2'
 	@echo '== 2/3 torch-scatter, compiled against it (5 minutes on 2 cores, with no output)'
-	@$(PIP) install --quiet --no-build-isolation 'torch-scatter>=2.1.2'
+	@$(PIP) install -qq --no-build-isolation 'torch-scatter>=2.1.2'
 	@echo '== 3/3 fairchem-core, this package and its tools (2 to 5 minutes)'
-	@$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@$(PIP) install -qq --no-build-isolation --editable '.[dev]'
 	@touch $@
 	@echo '== Installed. Try: $(BIN)/fairchem --help'
 

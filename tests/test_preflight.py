@@ -1,0 +1,245 @@
+"""Bad input ends in one line that says what is wrong, where and what to do; never a traceback."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import yaml
+from fairchem.core import _cli
+
+from fairchem_equiformer.cli import main
+from tests.conftest import make_data, write_lmdb
+
+MODES = ("train", "validate", "predict", "run-relaxations")
+
+
+@pytest.fixture
+def fairchem(tmp_path, capsys, monkeypatch):
+    """The command in this process, up to where fairchem-core takes over: status and message."""
+    monkeypatch.setattr(_cli, "main", lambda *_: None)
+
+    def run(config, *args, mode="train"):
+        path = tmp_path / "config.yml"
+        path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+        status = main(["main", "--mode", mode, "--config-yml", str(path), *map(str, args)])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def assert_one_line(result, *parts):
+    status, message = result
+    assert status == 2
+    assert message.startswith("fairchem: error: ")
+    assert message.count("\n") == 1
+    for part in parts:
+        assert str(part) in message
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "best_checkpoint.pt"
+    torch.save({"state_dict": {}, "config": {}}, path)
+    return path
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_good_input_passes(fairchem, tiny_config, checkpoint, mode):
+    assert fairchem(tiny_config, "--checkpoint", checkpoint, mode=mode) == (0, "")
+
+
+def test_old_list_of_datasets_passes(fairchem, tiny_config, checkpoint):
+    tiny_config["dataset"] = [tiny_config["dataset"][name] for name in ("train", "val", "test")]
+    result = fairchem(tiny_config, "--checkpoint", checkpoint, mode="predict")
+    assert result == (0, "")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test", "relax"])
+@pytest.mark.parametrize("src", ["nowhere/data.lmdb", ["nowhere/data.lmdb"]])
+def test_missing_data(fairchem, tiny_config, tmp_path, split, src):
+    tiny_config["dataset"][split]["src"] = src
+    key = f"dataset.{split}.src"
+    assert_one_line(fairchem(tiny_config), tmp_path / "config.yml", f"--{key}=PATH", "nowhere/data")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_data_not_set(fairchem, tiny_config, checkpoint, mode):
+    split = dict(zip(MODES, ("train", "val", "test", "relax"), strict=True))[mode]
+    tiny_config["dataset"][split].pop("src")
+    result = fairchem(tiny_config, "--checkpoint", checkpoint, mode=mode)
+    assert_one_line(result, f"dataset.{split}.src is not set", mode)
+
+
+@pytest.mark.parametrize(
+    ("src", "download"),
+    [
+        ("data/oc20/s2ef/2M/train", "--data-path data/oc20 --task s2ef --split 2M."),
+        ("data/oc20/s2ef/all/train", "--split all."),
+        ("data/oc20/s2ef/all/val_ood_cat", "--split val_ood_cat."),
+        ("data/oc20/s2ef/all/test_id", "--split test."),
+        ("data/oc20/s2ef/all_md/train", "--split md."),
+        ("s2ef/200k", "--data-path . --task s2ef --split 200k."),
+        ("data/is2re/all/train/data.lmdb", "--data-path data --task is2re."),
+        ("data/oc22/s2ef-total/train", "datasets/oc22.html"),
+    ],
+)
+def test_missing_open_catalyst_data_say_what_to_download(fairchem, tiny_config, src, download):
+    tiny_config["dataset"]["train"]["src"] = src
+    assert_one_line(fairchem(tiny_config), src, download)
+
+
+def test_data_of_other_formats_are_left_to_their_class(fairchem, tiny_config):
+    tiny_config["dataset"] = {"train": {"format": "ase_db", "src": "mysql://host/table"}}
+    assert fairchem(tiny_config) == (0, "")
+
+
+def test_folder_without_lmdb(fairchem, tiny_config, tmp_path):
+    tiny_config["dataset"]["val"]["src"] = str(tmp_path)
+    assert_one_line(fairchem(tiny_config), "dataset.val.src", "no .lmdb file", tmp_path)
+
+
+def test_two_paths_for_one_lmdb(fairchem, tiny_config, tiny_lmdb):
+    tiny_config["dataset"]["train"]["src"] = [str(tiny_lmdb), str(tiny_lmdb)]
+    assert_one_line(fairchem(tiny_config), "dataset.train.src", "2 paths")
+
+
+def test_missing_file_of_references(fairchem, tiny_config):
+    transforms = tiny_config["dataset"]["train"]["transforms"]
+    transforms["element_references"] = {"energy": {"file": "references.npz"}}
+    key = "dataset.train.transforms.element_references.energy.file"
+    assert_one_line(fairchem(tiny_config), key, "references.npz")
+
+
+@pytest.mark.parametrize("section", ["model", "dataset", "optim"])
+def test_missing_section(fairchem, tiny_config, section):
+    del tiny_config[section]
+    assert_one_line(fairchem(tiny_config), f"`{section}`")
+
+
+def test_model_without_name(fairchem, tiny_config):
+    del tiny_config["model"]["name"]
+    assert_one_line(fairchem(tiny_config), "model.name", "fairchem_equiformer.EquiformerV2")
+
+
+def test_dataset_without_splits(fairchem, tiny_config, tiny_lmdb):
+    tiny_config["dataset"] = {"src": str(tiny_lmdb)}
+    assert_one_line(fairchem(tiny_config), "dataset holds none of train, val, test, relax")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("includes: [absent.yml]", "absent.yml"),
+        ("includes: absent.yml", "includes"),
+        ("model: {name: a}\nmodel: {name: b}", "Duplicate Key: 'model'"),
+        ("model: [unclosed", "line 1"),
+        ("- a list", "a config maps keys to values"),
+        ("", "a config maps keys to values"),
+    ],
+)
+def test_unreadable_config(fairchem, tmp_path, text, part):
+    assert_one_line(fairchem(text), tmp_path / "config.yml", part)
+
+
+def test_includes_that_contradict_each_other(fairchem, tiny_config, tmp_path):
+    for name, layers in (("a.yml", 1), ("b.yml", 2)):
+        (tmp_path / name).write_text(yaml.safe_dump({"model": {"num_layers": layers}}))
+    tiny_config["includes"] = ["a.yml", "b.yml"]
+    assert_one_line(fairchem(tiny_config), "model.num_layers")
+
+
+def test_missing_config(tmp_path, capsys):
+    status = main(["--mode", "train", "--config-yml", str(tmp_path / "absent.yml")])
+    assert_one_line((status, capsys.readouterr().err), "--config-yml", tmp_path / "absent.yml")
+
+
+def test_missing_mode(tmp_path, capsys):
+    status = main(["--config-yml", str(tmp_path / "absent.yml")])
+    assert_one_line((status, capsys.readouterr().err), "--mode", *MODES)
+
+
+@pytest.mark.parametrize("argument", ["train", "--optim.lr_initial", "--a=b=c", "optim.x=1"])
+def test_argument_that_is_no_override(fairchem, tiny_config, argument):
+    assert_one_line(fairchem(tiny_config, argument), repr(argument))
+
+
+def test_overrides_count(fairchem, tiny_config, tiny_lmdb):
+    tiny_config["dataset"]["train"]["src"] = "nowhere"
+    assert fairchem(tiny_config, f"--dataset.train.src={tiny_lmdb}") == (0, "")
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_no_checkpoint(fairchem, tiny_config, mode):
+    assert_one_line(fairchem(tiny_config, mode=mode), "--checkpoint", mode)
+
+
+def test_missing_checkpoint(fairchem, tiny_config, tmp_path):
+    path = tmp_path / "absent.pt"
+    assert_one_line(fairchem(tiny_config, "--checkpoint", path), "--checkpoint", path)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_truncated_checkpoint(fairchem, tiny_config, checkpoint, keep):
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: int(keep * len(content))])
+    result = fairchem(tiny_config, "--checkpoint", checkpoint)
+    assert_one_line(result, checkpoint, "cannot be read")
+
+
+@pytest.mark.parametrize("content", [{"weights": {}}, [1, 2]])
+def test_file_that_is_no_checkpoint(fairchem, tiny_config, checkpoint, content):
+    torch.save(content, checkpoint)
+    result = fairchem(tiny_config, "--checkpoint", checkpoint)
+    assert_one_line(result, checkpoint, "no state_dict")
+
+
+def test_checkpoint_of_an_old_torch_passes(fairchem, tiny_config, checkpoint):
+    torch.save({"state_dict": {}}, checkpoint, _use_new_zipfile_serialization=False)
+    assert fairchem(tiny_config, "--checkpoint", checkpoint) == (0, "")
+
+
+def test_training_state_without_training_data(fairchem, tiny_config, checkpoint):
+    tiny_config["dataset"]["train"].pop("src")
+    assert fairchem(tiny_config, "--checkpoint", checkpoint, mode="predict") == (0, "")
+    torch.save({"state_dict": {}, "scheduler": {"last_epoch": 1}}, checkpoint)
+    result = fairchem(tiny_config, "--checkpoint", checkpoint, mode="predict")
+    assert_one_line(result, checkpoint, "dataset.train.src", "best_checkpoint.pt")
+
+
+def test_energy_trainer_without_training_data(fairchem, tiny_config, checkpoint):
+    tiny_config["trainer"] = "equiformerv2_energy"
+    tiny_config["dataset"]["train"].pop("src")
+    result = fairchem(tiny_config, "--checkpoint", checkpoint, mode="validate")
+    assert_one_line(result, "equiformerv2_energy", "dataset.train.src")
+
+
+def test_relaxation_without_settings(fairchem, tiny_config, checkpoint):
+    del tiny_config["task"]["relax_opt"]
+    result = fairchem(tiny_config, "--checkpoint", checkpoint, mode="run-relaxations")
+    assert_one_line(result, "task.relax_opt", "maxstep")
+
+
+def test_relaxation_with_unknown_setting(fairchem, tiny_config, checkpoint):
+    tiny_config["task"]["relax_opt"]["name"] = "lbfgs"
+    result = fairchem(tiny_config, "--checkpoint", checkpoint, mode="run-relaxations")
+    assert_one_line(result, "task.relax_opt", "name", "maxstep")
+
+
+def test_two_systems_with_one_sid(fairchem, tiny_config, checkpoint, tmp_path):
+    entries = [make_data(index) for index in (5, 7, 5)]
+    path = write_lmdb(tmp_path / "twice.lmdb", copy.deepcopy(entries))
+    tiny_config["dataset"]["relax"] = {"src": str(path)}
+    result = fairchem(tiny_config, "--checkpoint", checkpoint, mode="run-relaxations")
+    assert_one_line(result, path, "systems 0 and 2", "sid 5")
+
+
+def test_submission_without_slurm(fairchem, tiny_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert_one_line(fairchem(tiny_config, "--submit"), "--submit", "sbatch")
+
+
+def test_missing_sweep(fairchem, tiny_config, tmp_path):
+    path = tmp_path / "absent.yml"
+    assert_one_line(fairchem(tiny_config, "--sweep-yml", path), "--sweep-yml", path)
