@@ -154,12 +154,14 @@ def neighbor_list(  # noqa: PLR0913
     Returns:
         Edges sorted by target, then source, then image.
     """
+    if len(pos) == 0:
+        nothing = natoms.new_empty(0)
+        return NeighborList(nothing, nothing, natoms.new_empty(0, 3))
     rule = _Rule(cutoff, max_neighbors, strict)
     atoms = _prepare(pos, cell, pbc, natoms, cutoff)
     radius = _first_radius(atoms, pbc, natoms, rule)
     pending = torch.arange(len(pos), device=pos.device)
-    found = [NeighborList(pending[:0], pending[:0], atoms.home[:0])]
-    tied = [pending[:0]]
+    found, tied = [], []
     while len(pending) > 0:
         incomplete = []
         for targets, pairs in _pairs(atoms, pending, radius, cutoff):

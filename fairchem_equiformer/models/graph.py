@@ -1,0 +1,259 @@
+"""From a fairchem batch to the edge list of the ops, with every check of the input on the way.
+
+A batch is a torch-geometric ``Batch`` or ``Data`` with the fields that fairchem's datasets write:
+``pos``, ``cell``, ``natoms``, ``atomic_numbers``, and optionally ``pbc``, ``sid``, ``edge_index``,
+``cell_offsets``, ``neighbors``. Input that the model cannot work with ends in a ValueError that
+names the structure, the atom and the value.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import pad
+
+from fairchem_equiformer.ops.edge_graph import EdgeGraph
+from fairchem_equiformer.ops.neighbors import NeighborList, neighbor_list, plane_spacings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MIN_DISTANCE = 0.01
+"""Atoms closer than this (Angstrom) are on one point; fairchem silently leaves out their edge."""
+
+MIN_PLANE_SPACING = 0.05
+"""Lattice planes closer than this (Angstrom) make a cell degenerate."""
+
+
+def build_graph(  # noqa: PLR0913
+    data: Any,
+    *,
+    cutoff: float,
+    max_neighbors: int,
+    enforce_max_neighbors_strictly: bool,
+    use_pbc: bool,
+    use_pbc_single: bool,
+    otf_graph: bool,
+    max_num_elements: int,
+) -> EdgeGraph:
+    """Check a batch and find its edges: those of fairchem-core 1.10's ``generate_graph``.
+
+    Where this is more general than fairchem: structures of one batch may differ in ``pbc``, atoms
+    need not be wrapped into the cell, an empty batch gives an empty graph. Without ``use_pbc``
+    fairchem asks torch-cluster, which keeps any ``max_neighbors`` neighbours closer than the
+    cutoff; here it is the nearest ones, by the same rule as with ``use_pbc``. Edges are built in
+    the precision of the positions also under autocast: half precision would move images by
+    0.01 Angstrom. Gradients flow from ``vector`` and ``distance`` to ``pos`` and ``cell``.
+
+    Args:
+        data: The batch.
+        cutoff: Angstrom.
+        max_neighbors: Neighbours kept for an atom; zero or less keeps all.
+        enforce_max_neighbors_strictly: Keep no more among equally distant ones. Otherwise also
+            those within 0.01 Angstrom^2 of the first one left out, and that one.
+        use_pbc: Periodic directions are those of ``data.pbc``, all three if there is none;
+            False ignores cell and images.
+        use_pbc_single: Has no effect: structures are always searched one by one.
+        otf_graph: False takes ``edge_index``, ``cell_offsets`` and ``neighbors`` from the batch if
+            it has them (``max_neighbors`` is then not applied).
+        max_num_elements: Atomic numbers run from 0 to this, excluded.
+
+    Returns:
+        Edges sorted by target, then source, then image; given edges keep their order otherwise.
+
+    Raises:
+        ValueError: A field is missing or of another shape than the others say; an atomic number is
+            out of range; a position or cell is not finite; a cell is degenerate in its periodic
+            directions; two atoms, or an atom and an image, are on one point.
+    """
+    del use_pbc_single
+    with torch.autocast(device_type=data.pos.device.type, enabled=False):
+        structures = _read(data, use_pbc=use_pbc)
+        _check_atoms(structures, max_num_elements)
+        edges = None if otf_graph else _given_edges(data, structures, use_pbc=use_pbc)
+        if edges is None:
+            _check_cells(structures)
+            edges = neighbor_list(
+                structures.pos,
+                structures.cell,
+                structures.pbc,
+                structures.natoms,
+                cutoff=cutoff,
+                max_neighbors=max_neighbors,
+                strict=enforce_max_neighbors_strictly,
+            )
+        return _edge_graph(structures, edges)
+
+
+@dataclass(frozen=True)
+class _Structures:
+    """The fields of a batch, in the shapes they should have."""
+
+    pos: Tensor  # [N, 3]
+    cell: Tensor  # [G, 3, 3], zero without periodicity
+    pbc: Tensor  # [G, 3] bool
+    natoms: Tensor  # [G] int64
+    atomic_numbers: Tensor  # [N] as given
+    batch: Tensor  # [N] int64
+    sids: list[Any]  # as many as the batch has
+
+    def name(self, graph: int) -> str:
+        """What a message calls a structure: its place in the batch and, if it has one, its sid."""
+        sid = f" (sid {self.sids[graph]})" if graph < len(self.sids) else ""
+        return f"structure {graph} of the batch{sid}"
+
+    def atom_in_structure(self, atom: int) -> int:
+        return atom - int(self.natoms[: self.batch[atom]].sum())
+
+    def atom_name(self, atom: int) -> str:
+        return f"{self.name(int(self.batch[atom]))}, atom {self.atom_in_structure(atom)}"
+
+
+def _read(data: Any, *, use_pbc: bool) -> _Structures:
+    pos, atomic_numbers = _field(data, "pos"), _field(data, "atomic_numbers")
+    natoms = torch.as_tensor(_field(data, "natoms"), device=pos.device).reshape(-1).long()
+    batch = torch.repeat_interleave(natoms)
+    graphs = len(natoms)
+    _check_shape("pos", pos, (len(batch), 3))
+    _check_shape("atomic_numbers", atomic_numbers, (len(batch),))
+    cell = pos.new_zeros(graphs, 3, 3)
+    pbc = torch.zeros(graphs, 3, dtype=torch.bool, device=pos.device)
+    if use_pbc:
+        cell = _field(data, "cell")
+        cell = cell.unsqueeze(0) if cell.dim() == 2 else cell
+        _check_shape("cell", cell, (graphs, 3, 3))
+        given = getattr(data, "pbc", None)
+        given = torch.ones(3) if given is None else torch.as_tensor(given)
+        pbc = given.to(pos.device).bool().reshape(-1, 3)
+        pbc = pbc.expand(graphs, 3) if len(pbc) == 1 else pbc
+        _check_shape("pbc", pbc, (graphs, 3))
+    sid = getattr(data, "sid", None)
+    sids = sid.reshape(-1).tolist() if isinstance(sid, torch.Tensor) else sid
+    sids = sids if isinstance(sids, list) else [sids] if sids is not None else []
+    return _Structures(pos, cell, pbc, natoms, atomic_numbers, batch, sids)
+
+
+def _field(data: Any, name: str) -> Any:
+    value = getattr(data, name, None)
+    if value is None:
+        raise ValueError(f"the batch has no field {name!r}, which the graph is made from")
+    return value
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"field {name!r} of the batch has shape {tuple(value.shape)};"
+            f" its natoms ask for {shape} (atoms or structures first)"
+        )
+
+
+def _check_atoms(structures: _Structures, max_num_elements: int) -> None:
+    numbers = structures.atomic_numbers
+    whole = numbers.long()
+    unknown = (whole != numbers) | (whole < 0) | (whole >= max_num_elements)
+    lost = ~torch.isfinite(structures.pos).all(dim=1)
+    broken = ~torch.isfinite(structures.cell).flatten(1).all(dim=1)
+    if not torch.stack((unknown.any(), lost.any(), broken.any())).any():
+        return
+    if unknown.any():
+        atom = int(unknown.nonzero()[0])
+        raise ValueError(
+            f"{structures.atom_name(atom)}: atomic number {numbers[atom].item()} is out of range;"
+            f" this model knows 0 to {max_num_elements - 1} (max_num_elements: {max_num_elements})"
+        )
+    if lost.any():
+        atom = int(lost.nonzero()[0])
+        raise ValueError(
+            f"{structures.atom_name(atom)}: position {structures.pos[atom].tolist()} is not finite"
+        )
+    graph = int(broken.nonzero()[0])
+    raise ValueError(
+        f"{structures.name(graph)}: cell {structures.cell[graph].tolist()} is not finite"
+    )
+
+
+def _check_cells(structures: _Structures) -> None:
+    spacing = plane_spacings(structures.cell, structures.pbc).amin(dim=1)
+    degenerate = spacing < MIN_PLANE_SPACING
+    if degenerate.any():
+        graph = int(degenerate.nonzero()[0])
+        raise ValueError(
+            f"{structures.name(graph)}: cell {structures.cell[graph].tolist()} is degenerate:"
+            f" its lattice planes are {spacing[graph]:.3g} Angstrom apart in a periodic direction"
+            f" (pbc {structures.pbc[graph].tolist()}). Give it a cell with a volume, or set pbc"
+            " (or use_pbc in the model's config) to False"
+        )
+
+
+def _given_edges(data: Any, structures: _Structures, *, use_pbc: bool) -> NeighborList | None:
+    """Edges that the batch brings along; None, and a line in the log, if it has none."""
+    names = ("edge_index", "cell_offsets", "neighbors") if use_pbc else ("edge_index",)
+    missing = [name for name in names if getattr(data, name, None) is None]
+    if missing:
+        logger.warning(
+            "otf_graph is False, but the batch has no %s: finding its edges instead",
+            ", ".join(missing),
+        )
+        return None
+    source, target = data.edge_index
+    image = data.cell_offsets if use_pbc else source.new_zeros(len(source), 3)
+    _check_shape("cell_offsets", image, (len(source), 3))
+    atoms = len(structures.pos)
+    outside = (data.edge_index < 0) | (data.edge_index >= atoms)
+    if outside.any():
+        edge = int(outside.any(dim=0).nonzero()[0])
+        raise ValueError(
+            f"edge {edge} of the batch joins atoms {int(source[edge])} and {int(target[edge])},"
+            f" but it has atoms 0 to {atoms - 1} only"
+        )
+    across = structures.batch[source] != structures.batch[target]
+    if across.any():
+        edge = int(across.nonzero()[0])
+        raise ValueError(
+            f"edge {edge} of the batch joins {structures.atom_name(int(source[edge]))}"
+            f" and {structures.atom_name(int(target[edge]))}: not the same structure"
+        )
+    itself = (source == target) & (image == 0).all(dim=1)
+    order = torch.argsort(target, stable=True)
+    order = order[~itself[order]]
+    return NeighborList(source[order], target[order], image[order])
+
+
+def _edge_graph(structures: _Structures, edges: NeighborList) -> EdgeGraph:
+    source, target, image = edges
+    pos, cell = structures.pos, structures.cell[structures.batch[target]]
+    offset = torch.bmm(image.to(cell.dtype).unsqueeze(1), cell).squeeze(1)
+    vector = pos[source] - pos[target] + offset.to(pos.dtype)
+    distance = vector.norm(dim=-1)
+    _check_distances(structures, edges, distance)
+    degree = torch.bincount(target, minlength=len(pos))
+    return EdgeGraph(
+        source=source,
+        target=target,
+        target_ptr=pad(torch.cumsum(degree, dim=0), (1, 0)),
+        vector=vector,
+        distance=distance,
+        atomic_numbers=structures.atomic_numbers.long(),
+        batch=structures.batch,
+        num_graphs=len(structures.natoms),
+    )
+
+
+def _check_distances(structures: _Structures, edges: NeighborList, distance: Tensor) -> None:
+    too_close = distance <= MIN_DISTANCE
+    if not too_close.any():
+        return
+    edge = int(too_close.nonzero()[0])
+    source = structures.atom_in_structure(int(edges.source[edge]))
+    image = tuple(int(n) for n in edges.image[edge])
+    other = f"the image {image} of atom {source}" if any(image) else f"atom {source}"
+    raise ValueError(
+        f"{structures.atom_name(int(edges.target[edge]))} and {other} are on one point:"
+        f" {distance[edge].item():.3g} Angstrom apart"
+    )
