@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lmdb
 import numpy as np
@@ -14,6 +14,9 @@ from ase.build import add_adsorbate, fcc111
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from torch_geometric.data import Data
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # The machines that run the tests have two cores.
 torch.set_num_threads(2)
@@ -60,7 +63,7 @@ def make_atoms(index: int):
     atoms = fcc111("Cu", (2, 2, 2), vacuum=6.0, periodic=True)
     add_adsorbate(atoms, "H", 1.2, "fcc")
     atoms.rattle(0.05, seed=index)
-    atoms.set_constraint(FixAtoms(mask=atoms.get_tags() == 2))  # noqa: PLR2004
+    atoms.set_constraint(FixAtoms(mask=atoms.get_tags() == 2))
     atoms.calc = EMT()
     return atoms
 
@@ -109,8 +112,13 @@ def tiny_lmdb(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_lmdb) -> dict:
+    """The config of `make_tiny_config` on the data of `tiny_lmdb`."""
+    return make_tiny_config(tiny_lmdb)
+
+
+def make_tiny_config(lmdb_path: Path) -> dict:
     """A complete config of fairchem for forces and energies: two steps an epoch, two epochs."""
-    src = {"src": str(tiny_lmdb)}
+    src = {"src": str(lmdb_path)}
     return {
         "trainer": "equiformerv2_forces",
         "model": copy.deepcopy(TINY_MODEL),

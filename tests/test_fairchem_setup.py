@@ -1,0 +1,79 @@
+"""The tolerant set-up: what it lets pass, and what it does not."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+from fairchem.core.common import utils
+from fairchem.core.common.registry import registry
+from fairchem.core.trainers import OCPTrainer
+
+from fairchem_equiformer import fairchem_setup
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder laid out as fairchem's, under a name of its own; files by path and content."""
+    root = tmp_path / "fairchem_like"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(fairchem_setup, "_tried", set())
+
+    def write(**files):
+        for name, content in files.items():
+            path = root / "core" / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return root
+
+    yield write
+    for name in [name for name in sys.modules if name.startswith("fairchem_like")]:
+        del sys.modules[name]
+
+
+def test_missing_dependencies_of_models_are_named_once(project, caplog):
+    root = project(
+        models__good="x = 1",
+        models__gem__net="import absent_one",
+        models__gem__layers="import absent_one",
+        models__dime="from math import absent_two",
+        models__other="raise OSError('library for another torch')",
+    )
+    caplog.set_level(logging.INFO)
+    for path in sorted((root / "core" / "models").rglob("*.py")):
+        fairchem_setup.import_local_file(path, project_root=root)
+    assert "fairchem_like.core.models.good" in sys.modules
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("fairchem models skipped: ")
+    assert "gem (No module named 'absent_one')" in message
+    assert "dime (cannot import name 'absent_two'" in message
+    assert "other (library for another torch)" in message
+
+
+def test_nothing_is_said_where_nothing_is_skipped(project, caplog):
+    root = project(models__good="x = 1")
+    caplog.set_level(logging.INFO)
+    fairchem_setup.import_local_file(root / "core" / "models" / "good.py", project_root=root)
+    assert not caplog.records
+
+
+def test_a_mistake_in_a_model_is_not_hidden(project):
+    root = project(models__wrong="1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        fairchem_setup.import_local_file(root / "core" / "models" / "wrong.py", project_root=root)
+
+
+def test_a_trainer_must_be_importable(project):
+    root = project(trainers__wrong="import absent_three")
+    with pytest.raises(ModuleNotFoundError, match="absent_three"):
+        fairchem_setup.import_local_file(root / "core" / "trainers" / "wrong.py", project_root=root)
+
+
+def test_importing_the_package_installs_it():
+    assert utils._import_local_file is fairchem_setup.import_local_file
+
+
+@pytest.mark.parametrize("name", ["s2ef", "is2re"])
+def test_a_task_saved_as_trainer_is_found(name):
+    assert registry.get_trainer_class(name) is OCPTrainer
