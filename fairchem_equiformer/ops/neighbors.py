@@ -69,9 +69,10 @@ class _Atoms:
     batch: Tensor  # [N] int64
     lattice: Tensor  # [G, 3, 3] float64, rows of directions that are not periodic are zero
     per_length: Tensor  # [G, 3] float64, 1 / spacing of the lattice planes; 0 if not periodic
-    fractional: Tensor  # [N, 3] float64, in [0, 1); 0 in directions that are not periodic
-    wrapped: Tensor  # [N, 3] float64, positions moved into the cell
+    fractional: Tensor  # [N, 3] float64, about 0 to 1; 0 in directions that are not periodic
+    wrapped: Tensor  # [N, 3] positions, those far outside their cell moved into it
     home: Tensor  # [N, 3] int64, pos = wrapped + home @ lattice
+    unwrapped: bool  # some home is not zero
     images: float  # of a cell that fairchem's table of this batch has
 
 
@@ -80,7 +81,7 @@ class _Ghosts(NamedTuple):
 
     atom: Tensor  # [M] int64
     image: Tensor  # [M, 3] int64, of the wrapped atom
-    pos: Tensor  # [M, 3] float64
+    pos: Tensor  # [M, 3]
 
 
 class _Columns(NamedTuple):
@@ -92,19 +93,11 @@ class _Columns(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """Pairs within the cutoff, all targets' up to some radius at least."""
+    """Pairs within the cutoff, of each target all up to some radius at least."""
 
     row: Tensor  # [P] int64, ascending, index into the targets
-    key: Tensor  # [P] int64, in ascending order pairs are as in the result
-    source: Tensor  # [P] int64
-    image: Tensor  # [P, 3] int64
+    ghost: Tensor  # [P] int64
     distance_sqr: Tensor  # [P] Angstrom^2
-
-    def in_order(self, chosen: Tensor) -> Tensor:
-        return chosen[torch.argsort(self.key[chosen])]
-
-    def edges(self, targets: Tensor, chosen: Tensor) -> NeighborList:
-        return NeighborList(self.source[chosen], targets[self.row[chosen]], self.image[chosen])
 
 
 def plane_spacings(cell: Tensor, pbc: Tensor) -> Tensor:
@@ -164,7 +157,8 @@ def neighbor_list(  # noqa: PLR0913
     found, tied = [], []
     while len(pending) > 0:
         incomplete = []
-        for targets, pairs in _pairs(atoms, pending, radius, cutoff):
+        ghosts = _ghosts(atoms, pending, radius)
+        for targets, pairs in _pairs(atoms, pending, ghosts, radius, cutoff):
             limit, tie = _limit(pairs, len(targets), rule)
             target_radius = radius[atoms.batch[targets]]
             complete = (limit <= target_radius**2) | (target_radius >= cutoff)
@@ -172,7 +166,7 @@ def neighbor_list(  # noqa: PLR0913
             tied.append(targets[complete & tie])
             limit = torch.where(complete & ~tie, limit, -1.0)
             chosen = torch.nonzero(pairs.distance_sqr <= limit[pairs.row]).squeeze(1)
-            found.append(pairs.edges(targets, pairs.in_order(chosen)))
+            found.append(_edges(atoms, targets, ghosts, _in_order(pairs, ghosts, chosen)))
         pending = torch.cat(incomplete)
         radius = (radius * _GROWTH).clamp(max=cutoff)
     found += _break_ties(atoms, torch.cat(tied), rule)
@@ -190,11 +184,13 @@ def _lattice(cell: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
 def _prepare(pos: Tensor, cell: Tensor, pbc: Tensor, natoms: Tensor, cutoff: float) -> _Atoms:
     lattice, inverse = _lattice(cell, pbc)
     per_length = torch.linalg.vector_norm(inverse, dim=1) * pbc.cpu()
-    repeats = torch.ceil(cutoff * pad(per_length, (0, 0, 1, 0)).amax(dim=0))
+    repeats = torch.ceil(cutoff * per_length.amax(dim=0))
     lattice, inverse, per_length = (x.to(pos.device) for x in (lattice, inverse, per_length))
     batch = torch.repeat_interleave(natoms)
     fractional = torch.einsum("ni,nij->nj", pos.double(), inverse[batch]) * pbc[batch]
-    home = fractional.floor()
+    # Only atoms far outside are wrapped: for the others an image is the same before and after.
+    home = torch.where((fractional - 0.5).abs() < 1, 0, fractional.floor())
+    shift = torch.einsum("ni,nij->nj", home, lattice[batch])
     return _Atoms(
         pos=pos,
         cell=cell,
@@ -202,8 +198,9 @@ def _prepare(pos: Tensor, cell: Tensor, pbc: Tensor, natoms: Tensor, cutoff: flo
         lattice=lattice,
         per_length=per_length,
         fractional=fractional - home,
-        wrapped=pos.double() - torch.einsum("ni,nij->nj", home, lattice[batch]),
+        wrapped=(pos - shift).to(pos.dtype),
         home=home.long(),
+        unwrapped=bool(home.any()),
         images=(2 * repeats + 1).prod().item(),
     )
 
@@ -231,31 +228,26 @@ def _reach(radius: Tensor) -> Tensor:
 
 
 def _pairs(
-    atoms: _Atoms, targets: Tensor, radius: Tensor, cutoff: float
+    atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, radius: Tensor, cutoff: float
 ) -> Iterator[tuple[Tensor, _Pairs]]:
     """Look around the targets; yield bounded runs of them, in order, with their pairs."""
     reach = _reach(radius)
-    ghosts = _ghosts(atoms, targets, reach)
     columns = _sort_into_columns(atoms, targets, ghosts, reach)
+    itself = _places(ghosts, len(atoms.pos))
     for run in _runs(columns.length.sum(dim=1)):
         looked_at = _Columns(columns.ghost, columns.start[run], columns.length[run])
-        row, ghost = _candidates(atoms, targets[run], ghosts, looked_at, reach)
-        source, target = ghosts.atom[ghost], targets[run][row]
-        image = ghosts.image[ghost] - atoms.home[source] + atoms.home[target]
-        distance_sqr = _distance_sqr(atoms, source, target, image)
-        itself = (source == target) & (image == 0).all(dim=1)
-        near = torch.nonzero((distance_sqr <= cutoff * cutoff) & ~itself).squeeze(1)
-        key = row * len(ghosts.atom) + ghost
-        yield (
-            targets[run],
-            _Pairs(row[near], key[near], source[near], image[near], distance_sqr[near]),
-        )
+        pairs = _candidates(atoms, targets[run], ghosts, looked_at, reach)
+        if atoms.unwrapped:
+            pairs = pairs._replace(distance_sqr=_exact(atoms, targets[run], ghosts, pairs))
+        other = pairs.ghost != itself[targets[run]].index_select(0, pairs.row)
+        near = torch.nonzero((pairs.distance_sqr <= cutoff * cutoff) & other).squeeze(1)
+        yield targets[run], _Pairs(*(values.index_select(0, near) for values in pairs))
 
 
-def _ghosts(atoms: _Atoms, targets: Tensor, reach: Tensor) -> _Ghosts:
-    """All images of atoms in the parallelepiped around the targets, widened by the reach."""
-    lengths = torch.bincount(atoms.batch[targets], minlength=len(reach))
-    widening = reach.unsqueeze(1) * atoms.per_length  # [G, 3]
+def _ghosts(atoms: _Atoms, targets: Tensor, radius: Tensor) -> _Ghosts:
+    """All images of atoms in the parallelepiped around the targets, widened by the radius."""
+    lengths = torch.bincount(atoms.batch[targets], minlength=len(radius))
+    widening = _reach(radius).unsqueeze(1) * atoms.per_length  # [G, 3]
     low = _segment(atoms.fractional[targets], "min", lengths) - widening
     high = _segment(atoms.fractional[targets], "max", lengths) + widening
     atom = torch.nonzero(lengths[atoms.batch] > 0).squeeze(1)
@@ -266,9 +258,17 @@ def _ghosts(atoms: _Atoms, targets: Tensor, reach: Tensor) -> _Ghosts:
     rank, owner = _enumerate(extent.prod(dim=1))
     size_b, size_c = extent[owner, 1], extent[owner, 2]
     place = torch.stack((rank // (size_b * size_c), rank // size_c % size_b, rank % size_c), dim=1)
-    image = first[owner] + place
-    shift = torch.einsum("mi,mij->mj", image.double(), atoms.lattice[graph[owner]])
-    return _Ghosts(atom[owner], image, atoms.wrapped[atom[owner]] + shift)
+    atom, image = atom[owner], first[owner] + place
+    pos = atoms.wrapped[atom] + _image_offset(atoms, atoms.batch[atom], image)
+    return _Ghosts(atom, image, pos.to(atoms.pos.dtype))
+
+
+def _places(ghosts: _Ghosts, atoms: int) -> Tensor:
+    """Where among the ghosts each atom is itself, [N] int64; -1 if it is not there."""
+    itself = torch.nonzero((ghosts.image == 0).all(dim=1)).squeeze(1)
+    return torch.full((atoms,), -1, device=itself.device).index_copy_(
+        0, ghosts.atom[itself], itself
+    )
 
 
 def _enumerate(lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,22 +315,55 @@ def _runs(sizes: Tensor) -> list[slice]:
 
 def _candidates(
     atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, columns: _Columns, reach: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows of targets, ascending, and ghosts within reach of them, as two [P] int64."""
-    rank, stretch = _enumerate(columns.length.flatten())
-    ghost = columns.ghost[columns.start.flatten()[stretch] + rank]
-    row = stretch // columns.length.shape[1]
-    separation = ghosts.pos[ghost] - atoms.wrapped[targets][row]
-    limit = reach[atoms.batch[targets]] ** 2
-    near = torch.nonzero((separation**2).sum(dim=1) <= limit[row]).squeeze(1)
-    return row[near], ghost[near]
+) -> _Pairs:
+    """All pairs within reach."""
+    length = columns.length.flatten()
+    jump = columns.start.flatten() - torch.cumsum(length, dim=0) + length
+    jumps = torch.repeat_interleave(jump, length)
+    ghost = columns.ghost[torch.arange(len(jumps), device=jumps.device) + jumps]
+    row = _enumerate(columns.length.sum(dim=1))[1]
+    distance_sqr = _distance_sqr(atoms.wrapped[targets], row, ghosts.pos, ghost)
+    limit = (reach**2)[atoms.batch[targets]]
+    near = torch.nonzero(distance_sqr <= limit.index_select(0, row)).squeeze(1)
+    return _Pairs(
+        row.index_select(0, near), ghost.index_select(0, near), distance_sqr.index_select(0, near)
+    )
 
 
-def _distance_sqr(atoms: _Atoms, source: Tensor, target: Tensor, image: Tensor) -> Tensor:
-    """Squared distances, [P] Angstrom^2, to the last bit those of fairchem's search."""
-    offset = _image_offset(atoms, atoms.batch[target], image)
-    square = (atoms.pos[target] - (atoms.pos[source] + offset)) ** 2
-    return (square[:, 0] + square[:, 1]) + square[:, 2]
+def _exact(atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, pairs: _Pairs) -> Tensor:
+    """Squared distances between positions as given, before any wrapping, [P] Angstrom^2."""
+    target = targets[pairs.row]
+    image = _given_image(atoms, target, ghosts, pairs.ghost)
+    source = atoms.pos[ghosts.atom[pairs.ghost]] + _image_offset(atoms, atoms.batch[target], image)
+    return _distance_sqr(atoms.pos, target, source, torch.arange(len(source), device=target.device))
+
+
+def _given_image(atoms: _Atoms, target: Tensor, ghosts: _Ghosts, ghost: Tensor) -> Tensor:
+    """Images between positions as given, before any wrapping, [P, 3] int64."""
+    return ghosts.image[ghost] - atoms.home[ghosts.atom[ghost]] + atoms.home[target]
+
+
+def _distance_sqr(pos: Tensor, row: Tensor, other: Tensor, other_row: Tensor) -> Tensor:
+    """Squared distances, [P] Angstrom^2, summed in fairchem's order."""
+    # A component at a time: torch gathers single numbers much faster than rows of three.
+    x, y, z = (
+        (a.index_select(0, row) - b.index_select(0, other_row)) ** 2
+        for a, b in zip(pos.T.contiguous(), other.T.contiguous(), strict=True)
+    )
+    return (x + y) + z
+
+
+def _in_order(pairs: _Pairs, ghosts: _Ghosts, chosen: Tensor) -> _Pairs:
+    """The chosen pairs in the order of the result: by target, source and image."""
+    key = pairs.row[chosen] * len(ghosts.atom) + pairs.ghost[chosen]
+    chosen = chosen[torch.argsort(key)]
+    return _Pairs(*(values[chosen] for values in pairs))
+
+
+def _edges(atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, pairs: _Pairs) -> NeighborList:
+    target = targets[pairs.row]
+    image = _given_image(atoms, target, ghosts, pairs.ghost)
+    return NeighborList(ghosts.atom[pairs.ghost], target, image)
 
 
 def _image_offset(atoms: _Atoms, graph: Tensor, image: Tensor) -> Tensor:
@@ -361,10 +394,10 @@ def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor]:
     limit = pairs.distance_sqr.new_full((rows,), torch.inf)
     tie = torch.zeros_like(limit, dtype=torch.bool)
     count = torch.bincount(pairs.row, minlength=rows)
-    k = rule.max_neighbors
-    if k <= 0 or int(count.max()) <= k:
+    width, k = int(count.max()), rule.max_neighbors
+    if k <= 0 or width <= k:
         return limit, tie
-    table = _table(pairs.row, pairs.distance_sqr, count, int(count.max()))
+    table = _table(pairs, count, width)
     nearest = torch.topk(table, k + 1, dim=1, largest=False).values
     full = count > k
     if rule.strict:
@@ -375,12 +408,13 @@ def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor]:
     return limit, tie
 
 
-def _table(row: Tensor, values: Tensor, count: Tensor, width: int) -> Tensor:
-    """Values of each row side by side, [rows, width], filled up with infinity."""
-    table = values.new_full((len(count), width), torch.inf)
+def _table(pairs: _Pairs, count: Tensor, width: int) -> Tensor:
+    """Squared distances of each row side by side, [rows, width], filled up with infinity."""
+    table = pairs.distance_sqr.new_full((len(count) * width,), torch.inf)
     first = torch.cumsum(count, dim=0) - count
-    table[row, torch.arange(len(row), device=row.device) - first[row]] = values
-    return table
+    gap = torch.arange(len(count), device=count.device) * width - first
+    place = torch.arange(len(pairs.row), device=count.device) + gap.index_select(0, pairs.row)
+    return table.index_copy_(0, place, pairs.distance_sqr).view(len(count), width)
 
 
 def _break_ties(atoms: _Atoms, tied: Tensor, rule: _Rule) -> list[NeighborList]:
@@ -388,21 +422,23 @@ def _break_ties(atoms: _Atoms, tied: Tensor, rule: _Rule) -> list[NeighborList]:
     if len(tied) == 0:
         return []
     everyone = torch.arange(len(atoms.batch), device=tied.device)
-    is_tied = torch.zeros_like(everyone, dtype=torch.bool)
-    is_tied[tied] = True
+    is_tied = torch.zeros_like(everyone, dtype=torch.bool).index_fill_(0, tied, 1)
     radius = atoms.per_length.new_full((len(atoms.cell),), rule.cutoff)
+    ghosts = _ghosts(atoms, everyone, radius)
     width, undecided = 0, []
-    for targets, pairs in _pairs(atoms, everyone, radius, rule.cutoff):
+    for targets, pairs in _pairs(atoms, everyone, ghosts, radius, rule.cutoff):
         width = max(width, int(torch.bincount(pairs.row, minlength=1).max()))
-        mine = pairs.in_order(torch.nonzero(is_tied[targets][pairs.row]).squeeze(1))
-        undecided.append((pairs.edges(targets, mine), pairs.distance_sqr[mine]))
+        mine = torch.nonzero(is_tied[targets].index_select(0, pairs.row)).squeeze(1)
+        undecided.append((targets, _in_order(pairs, ghosts, mine)))
     decided = []
-    for edges, distance_sqr in undecided:
+    for targets, pairs in undecided:
         _, row, count = torch.unique_consecutive(
-            edges.target, return_inverse=True, return_counts=True
+            pairs.row, return_inverse=True, return_counts=True
         )
-        nearest = torch.sort(_table(row, distance_sqr, count, width), dim=1).indices
+        table = _table(pairs._replace(row=row), count, width)
+        nearest = torch.sort(table, dim=1).indices[:, : rule.max_neighbors]
         first = torch.cumsum(count, dim=0) - count
-        chosen = (first.unsqueeze(1) + nearest[:, : rule.max_neighbors]).flatten().sort().values
-        decided.append(NeighborList(edges.source[chosen], edges.target[chosen], edges.image[chosen]))
+        chosen = (first.unsqueeze(1) + nearest).flatten().sort().values
+        edges = _edges(atoms, targets, ghosts, _Pairs(*(values[chosen] for values in pairs)))
+        decided.append(edges)
     return decided
