@@ -1,0 +1,1 @@
+"""Measurements of this package against fairchem-core's own EquiformerV2."""

@@ -1,0 +1,328 @@
+"""This package against fairchem-core's own model: ``python -m benchmarks.compare``.
+
+Time, memory and equality of results, on the same weights and structures, each measurement in a
+fresh process, the implementations taking turns. Prints a table, appends one JSON line for each
+row and implementation to ``<out>/results.jsonl`` and, with two sizes or more, draws
+``<out>/scaling.png``. Examples::
+
+    python -m benchmarks.compare                                # inference, 31M, 45 to 409
+    python -m benchmarks.compare --tasks training --models 31M 83M --sizes 45 4x45
+    python -m benchmarks.compare --tasks neighbors --sizes 409 1609 10009
+    python -m benchmarks.compare --implementations ours --sizes 409 1609 10009
+    python -m benchmarks.compare --tasks relaxation --sizes 45
+
+Structures are those of :func:`benchmarks.measure.slab`; ``4x45`` is a batch of four. All dropout
+is off. GEMM share is the time that an implementation's own matrix products would take at the rate
+of a large fp32 product in the same process, over the time that it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.plot import draw_scaling
+from benchmarks.spec import CLASSES, TASKS, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    "31M": ROOT / "configs/oc20/all_md/eqv2_31M.yml",
+    "83M": ROOT / "configs/oc20/2M/eqv2_83M.yml",
+    "153M": ROOT / "configs/oc20/all_md/eqv2_153M.yml",
+}
+EDGE_VECTOR_RESOLUTION = 0.01  # Angstrom: far above rounding, far below the rattled atoms' spread
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of comparison: a task on a model and a batch of ``copies`` slabs."""
+
+    task: str
+    model: str
+    atoms: int
+    copies: int
+
+
+def edge_set(results: dict[str, Tensor]) -> set[tuple[int, ...]]:
+    """Return edges as (source, target, rounded vector), whatever their order."""
+    # The shift keeps lattice distances off the edges of the rounding.
+    vector = torch.floor(results["vector"] / EDGE_VECTOR_RESOLUTION + 0.1234).long()
+    columns = torch.column_stack([results["source"], results["target"], vector])
+    return set(map(tuple, columns.tolist()))
+
+
+def difference(results: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Return for each output the largest difference over the largest value.
+
+    For a neighbour search: the share of edges that only one of the two found.
+    """
+    if "vector" in reference:
+        edges, expected = edge_set(results), edge_set(reference)
+        return {"edges": len(edges ^ expected) / max(len(expected), 1)}
+    return {
+        name: ((results[name] - value).abs().max() / value.abs().max()).item()
+        for name, value in reference.items()
+    }
+
+
+def run_child(spec: Spec, timeout: float) -> Record:
+    """Run one measurement in a process of its own.
+
+    Raises:
+        RuntimeError: The process failed other than by want of memory or time; the message ends
+            with what it wrote to its standard error.
+    """
+    spec_file = Path(spec.record).with_suffix(".spec")
+    spec_file.write_text(json.dumps(asdict(spec)))
+    variables = os.environ | {"OMP_NUM_THREADS": str(spec.threads)}
+    command = [sys.executable, "-m", "benchmarks.measure", str(spec_file)]
+    try:
+        child = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failure": f"over {timeout:.0f} s"}
+    if child.returncode != 0:
+        msg = f"{' '.join(command)} ended with {child.returncode}:\n{child.stderr[-4000:]}"
+        raise RuntimeError(msg)
+    return json.loads(Path(spec.record).read_text())
+
+
+def measure_row(
+    row: Row, config: Path, weights: Path, options: argparse.Namespace
+) -> dict[str, Record]:
+    """Return one record for each implementation, over all rounds.
+
+    Each record has ``difference``, from the first implementation's first round, and the first
+    implementation's has ``spread``, between its own rounds: the stock model draws a random roll
+    of its edge frames at every call.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        template = Spec(
+            implementation="",
+            task=row.task,
+            config=str(config.resolve()),
+            atoms=row.atoms,
+            batch=row.copies,
+            device=options.device,
+            threads=options.threads,
+            seconds=options.seconds,
+            round=0,
+            memory_limit=int(options.memory * 2**30),
+            weights=str(weights),
+            record="",
+            results="",
+        )
+        names = options.implementations
+        rounds: dict[str, list[Record]] = {name: [] for name in names}
+        for number, name in itertools.product(range(options.rounds), names):
+            if any("failure" in record for record in rounds[name]):
+                continue
+            file = Path(folder) / f"{name}-{number}"
+            spec = replace(
+                template,
+                implementation=name,
+                round=number,
+                record=f"{file}.json",
+                results=f"{file}.pt",
+            )
+            label = f"{row.task}, {row.model}, {row.copies} x {row.atoms} atoms, {name}"
+            print(f"{label}, round {number + 1} of {options.rounds}", file=sys.stderr)
+            rounds[name].append(run_child(spec, options.timeout))
+
+        records = {name: summary(rounds[name]) for name in names}
+        reference = Path(folder) / f"{names[0]}-0.pt"
+        for name in names:
+            if "failure" not in records[names[0]] | records[name]:
+                number = options.rounds - 1 if name == names[0] else 0
+                key = "spread" if name == names[0] else "difference"
+                results = Path(folder) / f"{name}-{number}.pt"
+                records[name][key] = difference(load(results), load(reference))
+    return records
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Return the results that a measurement wrote."""
+    return torch.load(path, weights_only=True)
+
+
+def summary(records: list[Record]) -> Record:
+    """Return one record for all rounds of an implementation."""
+    for record in records:
+        if "failure" in record:
+            return record
+    merged = {
+        "atoms": records[0]["atoms"],
+        "seconds": median(t for record in records for t in record["times"]),
+        "calls": sum(len(record["times"]) for record in records),
+        "peak_bytes": max(record["peak_bytes"] for record in records),
+        "flop": records[0]["flop"],
+        "gemm_flop_per_second": max(record["gemm_flop_per_second"] for record in records),
+    }
+    merged["gemm_share"] = merged["flop"] / merged["gemm_flop_per_second"] / merged["seconds"]
+    if "saved_bytes" in records[0]:
+        merged["saved_bytes"] = records[0]["saved_bytes"]
+    if "forward_times" in records[0]:
+        forward = median(t for record in records for t in record["forward_times"])
+        merged["over_forward"] = merged["seconds"] / forward - 1
+    return merged
+
+
+def environment(options: argparse.Namespace) -> Record:
+    """Return what a figure depends on, apart from the code: device, threads and versions."""
+    return {
+        "device": device_name(options.device),
+        "threads": options.threads,
+        "python": platform.python_version(),
+        **{
+            name: installed_version(name)
+            for name in ("torch", "fairchem-core", "e3nn", "fairchem-equiformer")
+        },
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def device_name(device: str) -> str:
+    """Return the name of the GPU or the CPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of a distribution, or None where it runs from a checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def table(rows: Sequence[tuple[Row, dict[str, Record]]]) -> Table:
+    """Return the table to print; ratios are the first implementation's figure over this one's."""
+    result = Table(title="Ratios: how many times less than the first")
+    for heading in ("work", "model", "atoms", "by"):
+        result.add_column(heading)
+    for heading in ("time / s", "ratio", "peak / MB", "ratio", "kept / MB", "ratio"):
+        result.add_column(heading, justify="right")
+    for heading in ("GFLOP", "GEMM share", "difference"):
+        result.add_column(heading, justify="right")
+    for row, records in rows:
+        first = next(iter(records.values()))
+        atoms = f"{row.copies} x {row.atoms}" if row.copies > 1 else f"{row.atoms}"
+        for name, record in records.items():
+            result.add_row(row.task, row.model, atoms, name, *cells(record, first))
+        result.add_section()
+    return result
+
+
+def cells(record: Record, first: Record) -> list[str]:
+    """Return the figures of one implementation, as :func:`table` has them."""
+    if "failure" in record:
+        return [record["failure"]]
+    figures = []
+    for key, unit in (("seconds", 1.0), ("peak_bytes", 1e6), ("saved_bytes", 1e6)):
+        value, reference = record.get(key), first.get(key)
+        figures.append(f"{value / unit:.4g}" if value is not None else "")
+        figures.append(f"{reference / value:.1f}" if reference and value else "")
+    share = f"{record['gemm_share']:.0%}"
+    if "over_forward" in record:
+        share += f" ({record['over_forward']:+.0%} over forward)"
+    errors = record.get("difference", record.get("spread", {}))
+    worst = f"{max(errors.values()):.1e}" if errors else ""
+    return [*figures, f"{record['flop'] / 1e9:.4g}", share, worst]
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parse ``45`` or ``4x45`` as (copies, atoms)."""
+    copies, _, atoms = text.rpartition("x")
+    return int(copies or 1), int(atoms)
+
+
+def available_gib() -> float:
+    """Return the memory that new processes can take, in GiB."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) / 2**20
+    return 8.0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=["inference"])
+    add("--models", nargs="+", default=["31M"], help="31M, 83M, 153M or config files")
+    add("--sizes", nargs="+", type=size, default=[(1, 45), (1, 153), (1, 409)], help="45, 4x45")
+    add("--implementations", nargs="+", choices=CLASSES, default=["stock", "ours"])
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--threads", type=int, default=2, help="CPU threads")
+    add("--rounds", type=int, default=2, help="processes per implementation and row")
+    add("--seconds", type=float, default=5.0, help="least time to repeat the timed call for")
+    add("--timeout", type=float, default=900.0, help="seconds after which a process is given up")
+    add("--memory", type=float, default=0.8 * available_gib(), help="GiB a process may take (CPU)")
+    add("--out", type=Path, default=ROOT / "benchmarks/runs", help="folder of the results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[tuple[Row, dict[str, Record]]]:
+    """Measure, print, write and return all rows."""
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    ledger = options.out / "results.jsonl"
+    about = environment(options)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, model in enumerate(options.models):
+            weights = Path(folder) / f"weights-{number}.pt"
+            for task, (copies, atoms) in itertools.product(options.tasks, options.sizes):
+                row = Row(task, Path(model).stem, atoms, copies)
+                records = measure_row(row, CONFIGS.get(model, Path(model)), weights, options)
+                rows.append((row, records))
+                with ledger.open("a") as file:
+                    for name, record in records.items():
+                        line = asdict(row) | {"implementation": name} | record | about
+                        file.write(json.dumps(line) + "\n")
+    Console(width=150).print(table(rows))
+    if len(options.sizes) > 1:
+        print(f"figures: {ledger}\npicture: {draw_scaling(ledger, options.out / 'scaling.png')}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The benchmark at its smallest: equal results and less memory; times are nobody's test."""
+
+from __future__ import annotations
+
+import json
+from subprocess import CompletedProcess, TimeoutExpired
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import compare
+from benchmarks.measure import batch_of, saved_for_backward, slab
+from benchmarks.plot import draw_scaling
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TINY = {
+    "name": "fairchem_equiformer.EquiformerV2",
+    "otf_graph": True,
+    "use_pbc": True,
+    "max_neighbors": 20,
+    "max_radius": 12.0,
+    "max_num_elements": 90,
+    "num_layers": 2,
+    "sphere_channels": 32,
+    "attn_hidden_channels": 16,
+    "num_heads": 2,
+    "attn_alpha_channels": 8,
+    "attn_value_channels": 8,
+    "ffn_hidden_channels": 32,
+    "lmax_list": [4],
+    "mmax_list": [2],
+    "grid_resolution": 14,
+    "edge_channels": 16,
+    "use_grid_mlp": True,
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    config = tmp_path / "tiny.yml"
+    config.write_text(yaml.safe_dump({"model": TINY}))
+    return config
+
+
+def test_ours_equals_stock_in_less_memory(tiny: Path, tmp_path: Path) -> None:
+    command = ["--tasks", "training", "--models", str(tiny), "--sizes", "2x45"]
+    [(row, records)] = compare.main(
+        [*command, "--rounds", "1", "--seconds", "0", "--out", str(tmp_path)]
+    )
+    stock, ours = records["stock"], records["ours"]
+
+    assert (row.copies, ours["atoms"]) == (2, 45)
+    assert set(ours["difference"]) == {"energy", "forces", "gradient"}
+    assert ours["difference"]["energy"] < 1e-5
+    assert ours["difference"]["forces"] < 1e-5
+    assert ours["difference"]["gradient"] < 3e-5
+    assert stock["peak_bytes"] > 2 * ours["peak_bytes"]
+    assert stock["saved_bytes"] > 2 * ours["saved_bytes"]
+    assert 0 < ours["flop"] < stock["flop"]
+
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["implementation"] for line in lines] == ["stock", "ours"]
+    assert all(line["torch"] == torch.__version__.partition("+")[0] for line in lines)
+
+
+def test_what_does_not_fit_is_a_row_of_the_table(tiny: Path, tmp_path: Path) -> None:
+    command = ["--tasks", "neighbors", "--models", str(tiny), "--sizes", "10009"]
+    [(_, records)] = compare.main(
+        [*command, "--memory", "4", "--implementations", "stock", "--out", str(tmp_path)]
+    )
+    assert records == {"stock": {"failure": "out of memory"}}
+
+
+def test_a_child_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = CompletedProcess([], returncode=1, stdout="", stderr="KeyError: 'lmax_list'")
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"benchmarks.measure .* ended with 1:\nKeyError: 'lmax"):
+        compare.main(["--sizes", "45", "--out", str(tmp_path)])
+
+
+def test_a_child_that_takes_too_long_is_a_row_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command, timeout, **_):
+        raise TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    [(_, records)] = compare.main(["--sizes", "45", "--timeout", "60", "--out", str(tmp_path)])
+    assert records == {"stock": {"failure": "over 60 s"}, "ours": {"failure": "over 60 s"}}
+
+
+@pytest.mark.parametrize("atoms", [45, 153, 409, 1609])
+def test_slabs_have_the_size_asked_for(atoms: int) -> None:
+    assert len(slab(atoms)) == atoms
+
+
+def test_batches_are_what_trainers_pass() -> None:
+    data = batch_of(45, copies=3)
+    assert data.natoms.tolist() == [45, 45, 45]
+    assert data.cell.shape == (3, 3, 3)
+    assert torch.equal(data.pos[:45], data.pos[45:90])
+    assert data.fixed[:45].sum() == 18
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
+    model = torch.nn.Linear(8, 8, bias=False)
+    x = torch.randn(4, 8)
+    with saved_for_backward(model) as kept:
+        y = model(x)
+        (y * y + y.view(2, 16).repeat(2, 1).view(8, 8)[:4]).sum()
+    assert sum(kept.values()) == x.nbytes + y.nbytes
+
+
+def test_edges_are_compared_whatever_their_order() -> None:
+    edges = {
+        "source": torch.tensor([0, 1, 2]),
+        "target": torch.tensor([1, 0, 0]),
+        "vector": torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0], [2.0, 0.0, 0.0]]),
+    }
+    order = torch.tensor([2, 0, 1])
+    shuffled = {name: value[order] for name, value in edges.items()}
+    assert compare.difference(shuffled, edges) == {"edges": 0.0}
+    shuffled["vector"] = shuffled["vector"] + torch.tensor([0.1, 0.0, 0.0])
+    assert compare.difference(shuffled, edges) == {"edges": 2.0}
+
+
+def test_scaling_picture(tmp_path: Path) -> None:
+    ledger = tmp_path / "results.jsonl"
+    common = {"task": "inference", "model": "31M", "copies": 1}
+    records = [
+        {"implementation": "ours", "atoms": 45, "seconds": 1.0, "peak_bytes": 10**8},
+        {"implementation": "ours", "atoms": 409, "seconds": 9.0, "peak_bytes": 10**8},
+        {"implementation": "stock", "atoms": 409, "failure": "out of memory"},
+    ]
+    ledger.write_text("".join(json.dumps(common | record) + "\n" for record in records))
+    picture = draw_scaling(ledger, tmp_path / "scaling.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
