@@ -30,7 +30,7 @@ MIN_PLANE_SPACING = 0.05
 """Lattice planes closer than this (Angstrom) make a cell degenerate."""
 
 
-def build_graph(  # noqa: PLR0913
+def build_graph(
     data: Any,
     *,
     cutoff: float,

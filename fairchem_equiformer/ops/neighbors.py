@@ -39,8 +39,8 @@ TIE_TOLERANCE = 0.01
 """How much farther (A^2) than the first excluded neighbour the non-strict mode still accepts."""
 
 _PAIRS_AT_ONCE = 1 << 18  # candidate pairs in flight: bounds the memory, about 100 bytes a pair
-_SURPLUS = 3.0  # neighbours expected in the first radius, over those wanted: surfaces have half
-_GROWTH = 1.6  # of the radius from one round to the next
+_SURPLUS = 2.0  # neighbours expected in the first radius, over those wanted
+_GROWTH = 2.0  # of the radius from one round to the next
 _COLUMNS = 2  # columns per search radius across, in x and in y
 _LAYERS = 8  # layers per search radius along a column, in z
 _MAX_BINS = 1 << 16  # per direction: keeps sort keys within 64 bits however far atoms are apart
@@ -88,6 +88,7 @@ class _Columns(NamedTuple):
     """Ghosts sorted into columns along z, and where in them each target has to look."""
 
     ghost: Tensor  # [M] int64, ghosts in sorted order
+    pos: Tensor  # [M, 3] of these
     start: Tensor  # [T, columns] int64, first place in that order
     length: Tensor  # [T, columns] int64
 
@@ -120,7 +121,7 @@ def plane_spacings(cell: Tensor, pbc: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def neighbor_list(  # noqa: PLR0913
+def neighbor_list(
     pos: Tensor,
     cell: Tensor,
     pbc: Tensor,
@@ -235,8 +236,8 @@ def _pairs(
     columns = _sort_into_columns(atoms, targets, ghosts, reach)
     itself = _places(ghosts, len(atoms.pos))
     for run in _runs(columns.length.sum(dim=1)):
-        looked_at = _Columns(columns.ghost, columns.start[run], columns.length[run])
-        pairs = _candidates(atoms, targets[run], ghosts, looked_at, reach)
+        looked_at = columns._replace(start=columns.start[run], length=columns.length[run])
+        pairs = _candidates(atoms, targets[run], looked_at, reach)
         if atoms.unwrapped:
             pairs = pairs._replace(distance_sqr=_exact(atoms, targets[run], ghosts, pairs))
         other = pairs.ghost != itself[targets[run]].index_select(0, pairs.row)
@@ -278,9 +279,7 @@ def _enumerate(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(owner), device=owner.device) - first[owner], owner
 
 
-def _sort_into_columns(
-    atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, reach: Tensor
-) -> _Columns:
+def _sort_into_columns(atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, reach: Tensor) -> _Columns:
     """Sort ghosts by structure, x, y and layer in z; find each target's stretch of each column."""
     graph, target_graph = atoms.batch[ghosts.atom], atoms.batch[targets]
     per_length = reach.new_tensor([_COLUMNS, _COLUMNS, _LAYERS]) / reach.unsqueeze(1)  # [G, 3]
@@ -303,7 +302,7 @@ def _sort_into_columns(
     column = (target_graph.unsqueeze(1), x + dx, y + dy)
     start = torch.searchsorted(sorted_keys, key(*column, low))
     end = torch.searchsorted(sorted_keys, key(*column, high), right=True)
-    return _Columns(order, start, end - start)
+    return _Columns(order, ghosts.pos[order], start, end - start)
 
 
 def _runs(sizes: Tensor) -> list[slice]:
@@ -313,21 +312,18 @@ def _runs(sizes: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _candidates(
-    atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, columns: _Columns, reach: Tensor
-) -> _Pairs:
+def _candidates(atoms: _Atoms, targets: Tensor, columns: _Columns, reach: Tensor) -> _Pairs:
     """All pairs within reach."""
     length = columns.length.flatten()
     jump = columns.start.flatten() - torch.cumsum(length, dim=0) + length
-    jumps = torch.repeat_interleave(jump, length)
-    ghost = columns.ghost[torch.arange(len(jumps), device=jumps.device) + jumps]
-    row = _enumerate(columns.length.sum(dim=1))[1]
-    distance_sqr = _distance_sqr(atoms.wrapped[targets], row, ghosts.pos, ghost)
-    limit = (reach**2)[atoms.batch[targets]]
+    place = torch.repeat_interleave(jump, length)
+    place += torch.arange(len(place), device=place.device)
+    row = torch.repeat_interleave(columns.length.sum(dim=1))
+    distance_sqr = _distance_sqr(atoms.wrapped[targets], row, columns.pos, place)
+    limit = (reach**2)[atoms.batch[targets]].to(distance_sqr.dtype)
     near = torch.nonzero(distance_sqr <= limit.index_select(0, row)).squeeze(1)
-    return _Pairs(
-        row.index_select(0, near), ghost.index_select(0, near), distance_sqr.index_select(0, near)
-    )
+    ghost = columns.ghost.index_select(0, place.index_select(0, near))
+    return _Pairs(row.index_select(0, near), ghost, distance_sqr.index_select(0, near))
 
 
 def _exact(atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, pairs: _Pairs) -> Tensor:
@@ -432,9 +428,7 @@ def _break_ties(atoms: _Atoms, tied: Tensor, rule: _Rule) -> list[NeighborList]:
         undecided.append((targets, _in_order(pairs, ghosts, mine)))
     decided = []
     for targets, pairs in undecided:
-        _, row, count = torch.unique_consecutive(
-            pairs.row, return_inverse=True, return_counts=True
-        )
+        _, row, count = torch.unique_consecutive(pairs.row, return_inverse=True, return_counts=True)
         table = _table(pairs._replace(row=row), count, width)
         nearest = torch.sort(table, dim=1).indices[:, : rule.max_neighbors]
         first = torch.cumsum(count, dim=0) - count

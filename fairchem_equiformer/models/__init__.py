@@ -1,0 +1,1 @@
+"""What fairchem sees of this package."""

@@ -1,0 +1,215 @@
+"""The model's config keys: those of fairchem-core 1.10's ``equiformer_v2``, checked."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fairchem_equiformer.nn.attention import AttentionConfig
+from fairchem_equiformer.nn.block import BlockConfig
+from fairchem_equiformer.nn.feed_forward import FeedForwardConfig
+from fairchem_equiformer.nn.norm import NORMS
+from fairchem_equiformer.so3.layout import Layout, layout
+
+# Statistics of OC20's IS2RE 100k split that fairchem and the paper divide by.
+AVERAGE_NUM_NODES = 77.81317
+AVERAGE_DEGREE = 23.395238876342773
+
+_LARGEST_LMAX = 8
+_POSITIVE = (
+    "max_neighbors",
+    "max_num_elements",
+    "num_layers",
+    "sphere_channels",
+    "attn_hidden_channels",
+    "num_heads",
+    "attn_alpha_channels",
+    "attn_value_channels",
+    "ffn_hidden_channels",
+    "edge_channels",
+    "max_radius",
+)
+_PROBABILITIES = ("alpha_drop", "drop_path_rate", "proj_drop")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "norm_type": tuple(NORMS),
+    "weight_init": ("normal", "uniform"),
+    "distance_function": ("gaussian",),
+    "use_s2_act_attn": (False,),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Keys under ``model:`` (flat) or ``model.backbone:`` (hydra), with fairchem's defaults.
+
+    ``num_sphere_samples``, ``num_distance_basis``, ``attn_activation`` and ``ffn_activation`` do
+    nothing, here as there: the model has 600 Gaussians and SiLU. They are accepted so that configs
+    of ``equiformer_v2`` work unchanged.
+
+    Raises:
+        ValueError: for a value the model cannot be built with; the message names the key.
+    """
+
+    use_pbc: bool = True
+    use_pbc_single: bool = False
+    regress_forces: bool = True
+    otf_graph: bool = True
+    max_neighbors: int = 500
+    max_radius: float = 5.0  # Angstrom
+    max_num_elements: int = 90  # atomic numbers below this
+    num_layers: int = 12
+    sphere_channels: int = 128
+    attn_hidden_channels: int = 128
+    num_heads: int = 8
+    attn_alpha_channels: int = 32  # per head
+    attn_value_channels: int = 16  # per head
+    ffn_hidden_channels: int = 512
+    norm_type: str = "rms_norm_sh"
+    lmax_list: list[int] = field(default_factory=lambda: [6])
+    mmax_list: list[int] = field(default_factory=lambda: [2])
+    grid_resolution: int | None = None
+    num_sphere_samples: int = 128  # no effect
+    edge_channels: int = 128
+    use_atom_edge_embedding: bool = True
+    share_atom_edge_embedding: bool = False
+    use_m_share_rad: bool = False
+    distance_function: str = "gaussian"
+    num_distance_basis: int = 512  # no effect
+    attn_activation: str = "scaled_silu"  # no effect
+    use_s2_act_attn: bool = False
+    use_attn_renorm: bool = True
+    ffn_activation: str = "scaled_silu"  # no effect
+    use_gate_act: bool = False
+    use_grid_mlp: bool = False
+    use_sep_s2_act: bool = True
+    alpha_drop: float = 0.1
+    drop_path_rate: float = 0.05
+    proj_drop: float = 0.0
+    weight_init: str = "normal"
+    enforce_max_neighbors_strictly: bool = True
+    avg_num_nodes: float | None = None
+    avg_degree: float | None = None
+    use_energy_lin_ref: bool = False
+    load_energy_lin_ref: bool = False
+    activation_checkpoint: bool = False
+
+    @classmethod
+    def from_keys(cls, keys: dict[str, Any]) -> ModelConfig:
+        """Check the names of the keys, then their values.
+
+        Keys set to None take their default, as in fairchem.
+
+        Raises:
+            ValueError: for an unknown key, naming the nearest known one.
+        """
+        known = [item.name for item in fields(cls)]
+        for key in keys:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = (
+                    f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+                )
+                msg = f"unknown key {key!r} in the config of EquiformerV2{hint}"
+                raise ValueError(msg)
+        return cls(**{key: value for key, value in keys.items() if value is not None})
+
+    def __post_init__(self) -> None:
+        for key in _POSITIVE:
+            if not getattr(self, key) > 0:
+                _refuse(key, getattr(self, key), "a number above 0")
+        for key in _PROBABILITIES:
+            if not 0 <= getattr(self, key) < 1:
+                _refuse(key, getattr(self, key), "a probability, at least 0 and below 1")
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                _refuse(key, getattr(self, key), " or ".join(map(repr, choices)))
+        self._check_degrees()
+        if self.share_atom_edge_embedding and not self.use_atom_edge_embedding:
+            _refuse("use_atom_edge_embedding", False, "True with share_atom_edge_embedding: True")
+        if self.use_energy_lin_ref and not self.load_energy_lin_ref:
+            _refuse("load_energy_lin_ref", False, "True with use_energy_lin_ref: True")
+
+    def _check_degrees(self) -> None:
+        for key in ("lmax_list", "mmax_list"):
+            if len(getattr(self, key)) != 1:
+                _refuse(key, getattr(self, key), "a list of one number (one resolution)")
+        if not 1 <= self.lmax <= _LARGEST_LMAX:
+            _refuse("lmax_list", self.lmax_list, f"[1] to [{_LARGEST_LMAX}]")
+        if not 0 <= self.mmax <= self.lmax:
+            _refuse("mmax_list", self.mmax_list, f"[0] to lmax_list, which is {self.lmax_list}")
+        if self.grid_resolution is not None and (
+            self.grid_resolution % 2 or self.grid_resolution < 1
+        ):
+            _refuse("grid_resolution", self.grid_resolution, "an even number above 0")
+
+    @property
+    def lmax(self) -> int:
+        """Highest degree."""
+        return self.lmax_list[0]
+
+    @property
+    def mmax(self) -> int:
+        """Highest order in the edge frame."""
+        return self.mmax_list[0]
+
+    @property
+    def layout(self) -> Layout:
+        """Coefficients kept in the edge frame."""
+        return layout(self.lmax, self.mmax)
+
+    @property
+    def activation(self) -> str:
+        """Kind of activation, see nn/attention.py."""
+        if self.use_gate_act:
+            return "gate"
+        return "separable_s2" if self.use_sep_s2_act else "s2"
+
+    def attention(self, num_basis: int) -> AttentionConfig:
+        """Sizes of the attention layers."""
+        own_embedding = self.use_atom_edge_embedding and not self.share_atom_edge_embedding
+        return AttentionConfig(
+            layout=self.layout,
+            channels=self.sphere_channels,
+            hidden_channels=self.attn_hidden_channels,
+            num_heads=self.num_heads,
+            alpha_channels=self.attn_alpha_channels,
+            value_channels=self.attn_value_channels,
+            activation=self.activation,
+            renormalize=self.use_attn_renorm,
+            grid_resolution=self.grid_resolution,
+            num_basis=num_basis,
+            edge_channels=self.edge_channels,
+            num_elements=self.max_num_elements if own_embedding else 0,
+            shared_embedding=self.share_atom_edge_embedding,
+            radial_by_degree=self.use_m_share_rad,
+        )
+
+    def feed_forward(self) -> FeedForwardConfig:
+        """Sizes of the feed-forward networks."""
+        activation = self.activation
+        if self.use_grid_mlp:
+            activation = "separable_grid_mlp" if self.use_sep_s2_act else "grid_mlp"
+        return FeedForwardConfig(
+            self.lmax,
+            self.sphere_channels,
+            self.ffn_hidden_channels,
+            activation,
+            self.grid_resolution,
+        )
+
+    def block(self, num_basis: int) -> BlockConfig:
+        """Sizes and regularisation of the blocks."""
+        return BlockConfig(
+            self.attention(num_basis),
+            self.feed_forward(),
+            self.norm_type,
+            self.alpha_drop,
+            self.drop_path_rate,
+            self.proj_drop,
+        )
+
+
+def _refuse(key: str, value: object, wanted: str) -> None:
+    msg = f"EquiformerV2 config: {key} is {value!r}, it must be {wanted}"
+    raise ValueError(msg)

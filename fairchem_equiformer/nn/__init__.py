@@ -1,0 +1,1 @@
+"""Modules with parameters. Their names and order are those of fairchem's ``equiformer_v2``."""

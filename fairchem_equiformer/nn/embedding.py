@@ -1,0 +1,58 @@
+"""Edge-degree embedding."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fairchem_equiformer.nn.radial import ElementEmbedding, RadialFunction
+from fairchem_equiformer.ops.edge_degree import edge_degree_embedding
+from fairchem_equiformer.ops.edges import Edges
+from fairchem_equiformer.ops.radial import GaussianBasis
+
+
+class EdgeDegreeEmbedding(nn.Module):
+    """Embeds each atom's neighbourhood from distances and elements alone (paper, section 3.5).
+
+    Args:
+        channels: C.
+        lmax: highest degree.
+        num_basis: Gaussians.
+        edge_channels: hidden size of the radial function and size of the element embeddings.
+        num_elements: rows of the element embeddings; 0 for none of its own.
+        shared_embedding: the radial function reads embeddings that are handed in.
+        average_degree: edges per atom; divides the sum.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        lmax: int,
+        num_basis: int,
+        edge_channels: int,
+        num_elements: int,
+        shared_embedding: bool,
+        average_degree: float,
+    ) -> None:
+        super().__init__()
+        self.source_embedding = self.target_embedding = None
+        in_features = num_basis
+        if num_elements:
+            self.source_embedding = ElementEmbedding(num_elements, edge_channels)
+            self.target_embedding = ElementEmbedding(num_elements, edge_channels)
+        if num_elements or shared_embedding:
+            in_features += 2 * edge_channels
+        self.rad_func = RadialFunction(in_features, edge_channels, (lmax + 1) * channels)
+        self.average_degree = average_degree
+
+    def forward(
+        self,
+        edges: Edges,
+        basis: GaussianBasis,
+        shared: tuple[nn.Embedding | None, nn.Embedding | None] = (None, None),
+    ) -> Tensor:
+        """Embedding [N, (lmax + 1)^2, C]."""
+        source = self.source_embedding or shared[0]
+        target = self.target_embedding or shared[1]
+        weights = self.rad_func.weights(source, target)
+        return edge_degree_embedding(edges, basis, weights, self.average_degree)

@@ -1,0 +1,115 @@
+"""Equivariant normalisation (paper, section 3.4 and Fig. 3). All take [N, (lmax + 1)^2, C]."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairchem_equiformer.so3.layout import degree_slices, layout
+
+_EPSILON = 1e-5
+
+
+@cache
+def _degree_of_coefficient(lmax: int, device: torch.device) -> Tensor:
+    degrees = [degree for degree, _ in layout(lmax, lmax).l_major]
+    return torch.tensor(degrees, device=device)
+
+
+def _mean_square_by_degree(x: Tensor, lmax: int, lmin: int = 0) -> Tensor:
+    """Mean over orders and channels of x^2, for each degree from lmin: [N, lmax + 1 - lmin]."""
+    per_coefficient = x.square().mean(dim=2)
+    slices = degree_slices(lmax)[lmin:]
+    return torch.stack([per_coefficient[:, rows].mean(dim=1) for rows in slices], dim=1)
+
+
+def _center(x: Tensor) -> Tensor:
+    """Subtract the mean over channels from l = 0."""
+    return torch.cat([x[:, :1] - x[:, :1].mean(dim=2, keepdim=True), x[:, 1:]], dim=1)
+
+
+def _scaled(x: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, lmax: int) -> Tensor:
+    """x * inverse_std * weight[l], plus a bias on l = 0; inverse_std is [N, lmax + 1] or [N, 1]."""
+    degree = _degree_of_coefficient(lmax, x.device)
+    spread = inverse_std.index_select(1, degree) if inverse_std.shape[1] > 1 else inverse_std
+    y = x * spread[:, :, None] * weight.index_select(0, degree)
+    return torch.cat([y[:, :1] + bias, y[:, 1:]], dim=1)
+
+
+class _Norm(nn.Module):
+    """Runs in float32 at least, also under autocast."""
+
+    def __init__(self, lmax: int, channels: int) -> None:
+        super().__init__()
+        self.lmax = lmax
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [N, (lmax + 1)^2, C]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._normalize(x.to(next(self.parameters()).dtype))
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"lmax={self.lmax}, channels={self.channels}"
+
+
+class DegreeLayerNorm(_Norm):
+    """``layer_norm``: every degree is divided by its own RMS; l = 0 is centred first."""
+
+    def __init__(self, lmax: int, channels: int) -> None:
+        super().__init__(lmax, channels)
+        self.affine_weight = nn.Parameter(torch.ones(lmax + 1, channels))
+        self.affine_bias = nn.Parameter(torch.zeros(channels))
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        x = _center(x)
+        inverse_std = (_mean_square_by_degree(x, self.lmax) + _EPSILON).rsqrt()
+        return _scaled(x, inverse_std, self.affine_weight, self.affine_bias, self.lmax)
+
+
+class SeparableLayerNorm(_Norm):
+    """``layer_norm_sh``: layer norm on l = 0; one RMS, averaged over degrees, for all l > 0."""
+
+    def __init__(self, lmax: int, channels: int) -> None:
+        super().__init__(lmax, channels)
+        self.norm_l0 = nn.LayerNorm(channels, eps=_EPSILON)
+        self.affine_weight = nn.Parameter(torch.ones(lmax, channels))
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        scalars = F.layer_norm(
+            x[:, :1], (self.channels,), self.norm_l0.weight, self.norm_l0.bias, _EPSILON
+        )
+        mean_square = _mean_square_by_degree(x, self.lmax, lmin=1).mean(dim=1, keepdim=True)
+        inverse_std = (mean_square + _EPSILON).rsqrt()  # [N, 1]
+        degree = _degree_of_coefficient(self.lmax, x.device)[1:] - 1
+        vectors = x[:, 1:] * inverse_std[:, :, None] * self.affine_weight.index_select(0, degree)
+        return torch.cat([scalars, vectors], dim=1)
+
+
+class RMSNorm(_Norm):
+    """``rms_norm_sh``: one RMS, averaged over degrees, for all l; l = 0 is centred first."""
+
+    def __init__(self, lmax: int, channels: int) -> None:
+        super().__init__(lmax, channels)
+        self.affine_weight = nn.Parameter(torch.ones(lmax + 1, channels))
+        self.affine_bias = nn.Parameter(torch.zeros(channels))
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        x = _center(x)
+        mean_square = _mean_square_by_degree(x, self.lmax).mean(dim=1, keepdim=True)
+        inverse_std = (mean_square + _EPSILON).rsqrt()
+        return _scaled(x, inverse_std, self.affine_weight, self.affine_bias, self.lmax)
+
+
+NORMS: dict[str, type[_Norm]] = {
+    "layer_norm": DegreeLayerNorm,
+    "layer_norm_sh": SeparableLayerNorm,
+    "rms_norm_sh": RMSNorm,
+}

@@ -1,0 +1,71 @@
+"""Radial basis and radial function with their parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fairchem_equiformer.ops.radial import GaussianBasis, RadialWeights
+
+_WIDTH_IN_SPACINGS = 2.0
+
+
+class GaussianSmearing(nn.Module):
+    """``num_basis`` Gaussians at equal spacing from 0 to ``cutoff``, two spacings wide.
+
+    Args:
+        cutoff: Angstrom.
+        num_basis: 600 in all published models.
+    """
+
+    def __init__(self, cutoff: float, num_basis: int = 600) -> None:
+        super().__init__()
+        self.register_buffer("centers", torch.linspace(0, cutoff, num_basis), persistent=False)
+        self.centers: Tensor
+        spacing = (self.centers[1] - self.centers[0]).item()
+        self.coefficient = -0.5 / (_WIDTH_IN_SPACINGS * spacing) ** 2
+
+    def basis(self) -> GaussianBasis:
+        """The constants that ops/radial.py takes."""
+        return GaussianBasis(self.centers, self.coefficient)
+
+
+class ElementEmbedding(nn.Embedding):
+    """One vector per element, small at first."""
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-0.001."""
+        nn.init.uniform_(self.weight, -0.001, 0.001)
+
+
+class RadialFunction(nn.Module):
+    """Two hidden layers, each with layer norm and SiLU, and a last linear layer.
+
+    The computation is ops/radial.py; this holds the parameters.
+    """
+
+    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(in_features, hidden),
+            nn.LayerNorm(hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.LayerNorm(hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, out_features),
+        )
+
+    def weights(self, source: nn.Embedding | None, target: nn.Embedding | None) -> RadialWeights:
+        """Parameters as ops/radial.py takes them.
+
+        Args:
+            source, target: element embeddings that the first layer reads after the Gaussians.
+        """
+        linear_and_norm = (self.net[index] for index in (0, 1, 3, 4, 6))
+        parameters = [tensor for layer in linear_and_norm for tensor in (layer.weight, layer.bias)]
+        return RadialWeights(
+            None if source is None else source.weight,
+            None if target is None else target.weight,
+            *parameters,
+        )

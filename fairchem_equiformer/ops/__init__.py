@@ -1,0 +1,1 @@
+"""The hot functions: tensors in, tensors out, no parameters, no fairchem."""

@@ -1,0 +1,387 @@
+"""Equivariant graph attention over edges (paper, section 3.5 and Fig. 1b), without its projection.
+
+For an edge from j to i, with D its rotation, w its radial weights and h heads:
+
+    f, s   = SO2_1(w * D (x_j, x_i))                    first SO(2) layer: features and scalars
+    z      = a . SmoothLeakyReLU(LN(s_alpha))           one logit a head
+    alpha  = softmax over the edges of i of z
+    v      = SO2_2(activation(f, s_gate))               second SO(2) layer: values
+    y_i    = sum over j of D^T (alpha * v)
+
+The edges are worked through in chunks of whole targets, so that memory is bounded. For the backward
+pass only f and s, what the largest matrix product made, are kept; the rest is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairchem_equiformer.ops.edges import Edges
+from fairchem_equiformer.ops.gate import gate_activation
+from fairchem_equiformer.ops.radial import GaussianBasis, RadialWeights, radial_function
+from fairchem_equiformer.ops.rotate import (
+    ChunkFrames,
+    chunk_frames,
+    rotate_back_and_sum,
+    rotate_back_and_sum_backward,
+    rotate_in,
+    rotate_in_backward,
+    scale_orders,
+    scale_orders_backward,
+)
+from fairchem_equiformer.ops.s2_activation import s2_activation
+from fairchem_equiformer.ops.segments import Chunk, segment_softmax, segment_sum
+from fairchem_equiformer.ops.so2_linear import so2_linear, so2_linear_backward
+from fairchem_equiformer.so3.grid import grid
+from fairchem_equiformer.so3.layout import Layout
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What does not change from call to call."""
+
+    num_heads: int
+    alpha_channels: int
+    value_channels: int
+    hidden_channels: int
+    activation: str  # "gate", "s2" or "separable_s2"
+    grid_resolution: int | None
+    radial_by_degree: bool  # one radial weight per l instead of one per (l, |m|)
+    out_layout: Layout  # degrees wanted of the result
+
+
+class AttentionWeights(NamedTuple):
+    """Tensors of one attention layer; shapes as in ops/radial.py and ops/so2_linear.py."""
+
+    radial: RadialWeights
+    conv_1: tuple[Tensor, ...]
+    conv_1_bias: Tensor
+    alpha_norm: tuple[Tensor, Tensor] | None  # weight and bias [alpha_channels]
+    alpha_dot: Tensor  # [heads, alpha_channels]
+    conv_2: tuple[Tensor, ...]
+    conv_2_bias: Tensor
+
+    def flatten(self) -> list[Tensor | None]:
+        """All tensors in a fixed order."""
+        norm: tuple[Tensor | None, ...] = self.alpha_norm or (None, None)
+        return [
+            *self.radial,
+            *norm,
+            self.alpha_dot,
+            self.conv_1_bias,
+            self.conv_2_bias,
+            *self.conv_1,
+            *self.conv_2,
+        ]
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor | None], num_conv_1: int) -> AttentionWeights:
+        """Inverse of :meth:`flatten`, given the number of weights of the first convolution."""
+        split = len(RadialWeights._fields)
+        norm_weight, norm_bias, alpha_dot, bias_1, bias_2 = tensors[split : split + 5]
+        convs = tuple(tensors[split + 5 :])
+        norm = None if norm_weight is None else (norm_weight, norm_bias)
+        return cls(
+            RadialWeights(*tensors[:split]),  # type: ignore[arg-type]
+            convs[:num_conv_1],  # type: ignore[arg-type]
+            bias_1,  # type: ignore[arg-type]
+            norm,  # type: ignore[arg-type]
+            alpha_dot,  # type: ignore[arg-type]
+            convs[num_conv_1:],  # type: ignore[arg-type]
+            bias_2,  # type: ignore[arg-type]
+        )
+
+
+def attention_logits(scalars: Tensor, weights: AttentionWeights) -> Tensor:
+    """z = a . SmoothLeakyReLU(LN(s)) for every head, in float32 at least.
+
+    The smooth leaky ReLU with slope 0.2 on the left is 0.6 s + 0.4 s (2 sigmoid(s) - 1).
+
+    Args:
+        scalars: [E, heads, alpha_channels].
+
+    Returns:
+        [E, heads].
+    """
+    s = scalars.to(weights.alpha_dot.dtype)
+    if weights.alpha_norm is not None:
+        s = F.layer_norm(s, s.shape[2:], *weights.alpha_norm)
+    s = 0.6 * s + 0.4 * s * (2 * torch.sigmoid(s) - 1)
+    return (s * weights.alpha_dot).sum(-1)
+
+
+def activate(
+    hidden: Tensor, spec: AttentionSpec, weights: AttentionWeights, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """Activation of the first SO(2) layer's output, and the attention logits.
+
+    Args:
+        hidden: [E, heads alpha_channels + gate channels + R H]: scalars s_alpha and s_gate, then f.
+
+    Returns:
+        Features [E, R H] and logits [E, heads].
+    """
+    num_alpha = spec.num_heads * spec.alpha_channels
+    num_features = layout.num_rows * spec.hidden_channels
+    num_gates = hidden.shape[1] - num_alpha - num_features
+    alpha, gates, features = hidden.split([num_alpha, num_gates, num_features], dim=1)
+    x = features.unflatten(1, (layout.num_rows, spec.hidden_channels))
+    logits = attention_logits(alpha.unflatten(1, (spec.num_heads, -1)), weights)
+    if spec.activation == "gate":
+        return gate_activation(x, gates, layout.m_major).flatten(1), logits
+    to_grid, from_grid = grid(layout, spec.grid_resolution, x.dtype, x.device)
+    if spec.activation == "s2":
+        return s2_activation(x, to_grid, from_grid).flatten(1), logits
+    vectors = s2_activation(x, to_grid, from_grid[:, 1:])
+    return torch.cat([F.silu(gates), vectors.flatten(1)], dim=1), logits
+
+
+class _Message(NamedTuple):
+    """First half of one chunk: e edges, R rows, 2 C channels."""
+
+    frames: ChunkFrames
+    rotated: tuple[Tensor, Tensor]  # features of source and target in the edge frame, [e, R, C]
+    radial: Tensor  # [e, W, 2 C]
+    scaled: Tensor  # [e, R 2 C], input of the first SO(2) layer
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One call: the layer's constants and the batch's edges."""
+
+    spec: AttentionSpec
+    edges: Edges
+    basis: GaussianBasis
+    dtype: torch.dtype  # of the matrix products; rotations, softmax and sums keep the features'
+
+    def frames(self, chunk: Chunk) -> ChunkFrames:
+        return chunk_frames(self.edges, chunk)
+
+    def radial(self, chunk: Chunk, weights: RadialWeights, channels: int) -> Tensor:
+        out = radial_function(self.edges.scalars.of(chunk.edges), weights, self.basis)
+        return out.view(len(out), -1, 2 * channels)
+
+    def message(self, x: Tensor, chunk: Chunk, radial: Tensor) -> _Message:
+        frames = self.frames(chunk)
+        rotated = rotate_in(x, frames)
+        channels = x.shape[2]
+        layout = self.edges.layout
+        scaled = x.new_empty(len(radial), layout.num_rows, 2 * channels)
+        for end, features in enumerate(rotated):
+            half = slice(end * channels, (end + 1) * channels)
+            scale_orders(
+                features,
+                radial[:, :, half],
+                layout,
+                by_degree=self.spec.radial_by_degree,
+                out=scaled[:, :, half],
+            )
+        return _Message(frames, rotated, radial, scaled.flatten(1).to(self.dtype))
+
+    def message_backward(self, grad: Tensor, message: _Message, x_grad: Tensor) -> Tensor:
+        """Add to ``x_grad``; return the gradient of the radial weights [e, W, 2 C]."""
+        layout, by_degree = self.edges.layout, self.spec.radial_by_degree
+        channels = x_grad.shape[2]
+        grad = grad.to(x_grad.dtype).view(len(grad), layout.num_rows, 2 * channels)
+        radial_grad = torch.zeros_like(message.radial)
+        rotated_grads = []
+        for end, features in enumerate(message.rotated):
+            half = slice(end * channels, (end + 1) * channels)
+            part = grad[:, :, half]
+            scale_orders_backward(
+                part, features, layout, by_degree=by_degree, scale_grad=radial_grad[:, :, half]
+            )
+            rotated_grad = torch.empty_like(features)
+            scale_orders(
+                part, message.radial[:, :, half], layout, by_degree=by_degree, out=rotated_grad
+            )
+            rotated_grads.append(rotated_grad)
+        rotate_in_backward(rotated_grads[0], rotated_grads[1], message.frames, x_grad)
+        return radial_grad
+
+    def out_frames(self, frames: ChunkFrames) -> ChunkFrames:
+        """Restrict the rotations to the degrees that are wanted of the result."""
+        layout, out = self.edges.layout, self.spec.out_layout
+        if layout == out:
+            return frames
+        rows = [layout.m_major.index(row) for row in out.m_major]
+        columns = slice(out.lmin**2, (out.lmax + 1) ** 2)
+        return frames._replace(rotation=frames.rotation[:, rows][:, :, columns])
+
+    def rescale(self, x: Tensor) -> Tensor:
+        return x.new_tensor(self.spec.out_layout.truncation_rescale)
+
+    def weighted(self, values: Tensor, alpha: Tensor) -> Tensor:
+        """alpha * v: [e, S heads value_channels] and [e, heads] to [e, S, heads value_channels]."""
+        shape = (len(values), -1, self.spec.num_heads, self.spec.value_channels)
+        return (values.to(alpha.dtype).view(shape) * alpha[:, None, :, None]).flatten(2)
+
+
+def _forward(
+    layer: _Layer, x: Tensor, weights: AttentionWeights, mask: Tensor | None, kept: Tensor | None
+) -> Tensor:
+    """All chunks. ``kept`` [E, ...], if given, receives the first SO(2) layer's output."""
+    spec, out_layout = layer.spec, layer.spec.out_layout
+    channels = spec.num_heads * spec.value_channels
+    out = x.new_empty(layer.edges.num_rows, out_layout.num_coefficients, channels)
+    rescale = layer.rescale(x)
+    conv_1 = [weight.to(layer.dtype) for weight in weights.conv_1]
+    conv_2 = [weight.to(layer.dtype) for weight in weights.conv_2]
+    bias_1, bias_2 = weights.conv_1_bias.to(layer.dtype), weights.conv_2_bias.to(layer.dtype)
+    for chunk in layer.edges.chunks:
+        radial = layer.radial(chunk, weights.radial, x.shape[2])
+        message = layer.message(x, chunk, radial)
+        frames = message.frames
+        hidden = so2_linear(message.scaled, conv_1, bias_1)
+        if kept is not None:
+            kept[chunk.edges] = hidden
+        features, logits = activate(hidden, spec, weights, layer.edges.layout)
+        alpha = segment_softmax(logits, frames.target, frames.num_nodes)
+        if mask is not None:
+            alpha = alpha * mask[chunk.edges]
+        values = layer.weighted(so2_linear(features, conv_2, bias_2), alpha)
+        out[chunk.rows] = rotate_back_and_sum(values, layer.out_frames(frames), rescale)
+    return out
+
+
+class _EdgeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: _Layer,
+        num_conv_1: int,
+        mask: Tensor | None,
+        x: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        weights = AttentionWeights.unflatten(tensors, num_conv_1)
+        width = sum(len(weight) for weight in weights.conv_1)
+        kept = x.new_empty(layer.edges.num_edges, width, dtype=layer.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            out = _forward(layer, x, weights, mask, kept)
+        ctx.layer, ctx.num_conv_1 = layer, num_conv_1
+        ctx.save_for_backward(mask, x, kept, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, x, kept, *tensors = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            x_grad, grads = _backward(ctx.layer, ctx.num_conv_1, mask, x, kept, tensors, grad)
+        return None, None, None, x_grad, *grads
+
+
+def _backward(
+    layer: _Layer,
+    num_conv_1: int,
+    mask: Tensor | None,
+    x: Tensor,
+    kept: Tensor,
+    tensors: Sequence[Tensor | None],
+    grad: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of the node features and of the flattened weights, chunk by chunk."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    weights = AttentionWeights.unflatten(leaves, num_conv_1)
+    total = [None if t is None else torch.zeros_like(t) for t in tensors]
+    total_weights = AttentionWeights.unflatten(total, num_conv_1)
+    x_grad = torch.zeros_like(x)
+    rescale = layer.rescale(x)
+    conv_1 = [weight.detach().to(layer.dtype) for weight in weights.conv_1]
+    conv_2 = [weight.detach().to(layer.dtype) for weight in weights.conv_2]
+    conv_1_grads = [torch.zeros_like(weight) for weight in conv_1]
+    conv_2_grads = [torch.zeros_like(weight) for weight in conv_2]
+    bias_2 = weights.conv_2_bias.detach().to(layer.dtype)
+    alpha_leaves = [*(weights.alpha_norm or ()), weights.alpha_dot]
+    alpha_totals = [*(total_weights.alpha_norm or ()), total_weights.alpha_dot]
+    radial_leaves = [t for t in weights.radial if t is not None]
+    radial_totals = [t for t in total_weights.radial if t is not None]
+    for chunk in layer.edges.chunks:
+        with torch.enable_grad():
+            radial = layer.radial(chunk, weights.radial, x.shape[2])
+            hidden = kept[chunk.edges].detach().requires_grad_()
+            features, logits = activate(hidden, layer.spec, weights, layer.edges.layout)
+        message = layer.message(x, chunk, radial.detach())
+        frames = message.frames
+        out_frames = layer.out_frames(frames)
+        alpha = segment_softmax(logits.detach(), frames.target, frames.num_nodes)
+        kept_alpha = alpha if mask is None else alpha * mask[chunk.edges]
+
+        # Sum over edges and product with alpha.
+        turned = rotate_back_and_sum_backward(grad[chunk.rows], out_frames, rescale)
+        values = so2_linear(features.detach(), conv_2, bias_2).to(turned.dtype)
+        per_head = (len(values), -1, layer.spec.num_heads, layer.spec.value_channels)
+        alpha_grad = (values.view(per_head) * turned.view(per_head)).sum((1, 3))
+        values_grad = layer.weighted(turned.flatten(1), kept_alpha).flatten(1).to(layer.dtype)
+
+        # Softmax.
+        if mask is not None:
+            alpha_grad = alpha_grad * mask[chunk.edges]
+        flow = alpha * alpha_grad
+        mean = segment_sum(flow, frames.target, frames.num_nodes)
+        logits_grad = flow - alpha * mean[frames.target]
+
+        # Second SO(2) layer, activation, first SO(2) layer.
+        features_grad = so2_linear_backward(values_grad, features.detach(), conv_2, conv_2_grads)
+        total_weights.conv_2_bias.add_(values_grad[:, : len(bias_2)].sum(0))
+        hidden_grad, *alpha_grads = torch.autograd.grad(
+            (features, logits), (hidden, *alpha_leaves), (features_grad, logits_grad)
+        )
+        scaled_grad = so2_linear_backward(hidden_grad, message.scaled, conv_1, conv_1_grads)
+        total_weights.conv_1_bias.add_(hidden_grad[:, : len(weights.conv_1_bias)].sum(0))
+
+        # Radial weights, rotation, gather.
+        radial_grad = layer.message_backward(scaled_grad, message, x_grad)
+        radial_grads = torch.autograd.grad(radial, radial_leaves, radial_grad)
+        for sums, parts in ((alpha_totals, alpha_grads), (radial_totals, radial_grads)):
+            for one, part in zip(sums, parts, strict=True):
+                one.add_(part)
+    for one, part in zip(
+        (*total_weights.conv_1, *total_weights.conv_2), (*conv_1_grads, *conv_2_grads), strict=True
+    ):
+        one.copy_(part)
+    return x_grad, total
+
+
+def edge_attention(
+    x: Tensor,
+    edges: Edges,
+    basis: GaussianBasis,
+    weights: AttentionWeights,
+    spec: AttentionSpec,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention-weighted, rotated sums of non-linear messages; see the module's formula.
+
+    Under autocast the matrix products run in its dtype; rotations, softmax and sums stay in x's.
+
+    Args:
+        x: [N, K, C] node features, l-major.
+        edges: sorted by target, with rotations.
+        basis: of the radial function.
+        weights: of the layer.
+        spec: of the layer.
+        mask: [E, heads], factors on the attention weights (dropout), or None.
+
+    Returns:
+        [rows, coefficients of spec.out_layout, heads value_channels]; zero for atoms without edges.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    x = x.to(weights.conv_1_bias.dtype)
+    layer = _Layer(spec, edges, basis, torch.get_autocast_dtype(device) if autocast else x.dtype)
+    tensors = weights.flatten()
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *tensors)
+    )
+    if not wanted:
+        with torch.autocast(device, enabled=False):
+            return _forward(layer, x, weights, mask, kept=None)
+    out: Tensor = _EdgeAttention.apply(layer, len(weights.conv_1), mask, x, *tensors)
+    return out

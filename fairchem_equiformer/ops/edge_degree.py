@@ -1,0 +1,75 @@
+"""Edge-degree embedding: the neighbourhood of an atom as seen by distances alone (paper, Fig. 1c).
+
+    x_i = 1 / degree * sum over j of rescale * D_ij^T w(d_ij, z_i, z_j)
+
+where w has only m = 0: each term is the harmonics of the edge's direction times a radial weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairchem_equiformer.ops.edges import Edges
+from fairchem_equiformer.ops.radial import GaussianBasis, RadialWeights, radial_function
+from fairchem_equiformer.ops.rotate import chunk_frames, rotate_back_and_sum
+from fairchem_equiformer.ops.segments import Chunk
+
+
+def _embed(edges: Edges, chunk: Chunk, basis: GaussianBasis, weights: RadialWeights) -> Tensor:
+    """Sum over the edges of one chunk: [n, K, C]."""
+    frames = chunk_frames(edges, chunk)
+    num_degrees = edges.layout.num_degrees(0)
+    frames = frames._replace(rotation=frames.rotation[:, :num_degrees])  # rows of m = 0
+    radial = radial_function(edges.scalars.of(chunk.edges), weights, basis)
+    messages = radial.view(len(radial), num_degrees, radial.shape[1] // num_degrees)
+    rescale = messages.new_tensor(edges.layout.truncation_rescale)
+    return rotate_back_and_sum(messages, frames, rescale)
+
+
+class _EdgeDegreeEmbedding(torch.autograd.Function):
+    """Keeps nothing but the weights; each chunk is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, edges: Edges, basis: GaussianBasis, *weights: Tensor | None) -> Tensor:
+        ctx.edges, ctx.basis = edges, basis
+        ctx.save_for_backward(*weights)
+        radial_weights = RadialWeights(*weights)  # type: ignore[arg-type]
+        channels = len(radial_weights.bias_3) // edges.layout.num_degrees(0)
+        shape = (edges.num_rows, edges.layout.num_coefficients, channels)
+        out = radial_weights.bias_3.new_zeros(shape)
+        for chunk in edges.chunks:
+            out[chunk.rows] = _embed(edges, chunk, basis, radial_weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights = [None if w is None else w.detach().requires_grad_() for w in ctx.saved_tensors]
+        wanted = [w for w in weights if w is not None]
+        totals = [torch.zeros_like(w) for w in wanted]
+        for chunk in ctx.edges.chunks:
+            with torch.enable_grad():
+                part = _embed(ctx.edges, chunk, ctx.basis, RadialWeights(*weights))  # type: ignore[arg-type]
+            for total, piece in zip(
+                totals, torch.autograd.grad(part, wanted, grad[chunk.rows]), strict=True
+            ):
+                total.add_(piece)
+        found = iter(totals)
+        return None, None, *(None if w is None else next(found) for w in weights)
+
+
+def edge_degree_embedding(
+    edges: Edges, basis: GaussianBasis, weights: RadialWeights, degree: float
+) -> Tensor:
+    """Sum of radial weights times harmonics over each atom's edges, divided by the mean degree.
+
+    Args:
+        weights: whose output is (lmax + 1) C numbers an edge.
+
+    Returns:
+        [rows, (lmax + 1)^2, C].
+    """
+    total: Tensor = _EdgeDegreeEmbedding.apply(edges, basis, *weights)
+    return total / degree

@@ -1,0 +1,73 @@
+"""The hidden layer of the grid MLP (paper, Fig. 2c, with F a multi-layer perceptron).
+
+    y = G^-1 SiLU(W SiLU(G x))
+
+The MLP's first and last linear layers act on channels alone and commute with G, so that they are
+folded into the linear layers on either side (nn/feed_forward.py). Nothing but x is kept for the
+backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairchem_equiformer.ops.s2_activation import grid_pieces, project
+
+
+class _GridMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, to_grid, from_grid)
+        y = x.new_empty(len(x), from_grid.shape[1], len(weight))
+        for piece in _pieces(x, to_grid):
+            first = F.silu(project(to_grid, x[piece]), inplace=True)  # [n, P, C]
+            second = F.silu(_mix(first, weight.t()), inplace=True)
+            project(from_grid.t(), second, out=y[piece])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, to_grid, from_grid = ctx.saved_tensors
+        x_grad = torch.empty_like(x)
+        weight_grad = torch.zeros_like(weight)
+        silu_backward = torch.ops.aten.silu_backward
+        for piece in _pieces(x, to_grid):
+            samples = project(to_grid, x[piece])
+            first = F.silu(samples)
+            second_grad = project(from_grid, grad[piece])
+            second_grad = silu_backward(second_grad, _mix(first, weight.t()))
+            weight_grad.addmm_(second_grad.flatten(0, 1).t(), first.flatten(0, 1))
+            first_grad = silu_backward(_mix(second_grad, weight), samples)
+            project(to_grid.t(), first_grad, out=x_grad[piece])
+        return x_grad, weight_grad, None, None
+
+
+def _mix(samples: Tensor, matrix: Tensor) -> Tensor:
+    """Channels of all points times one matrix: [n, P, C] and [C, D] to [n, P, D]."""
+    return torch.mm(samples.flatten(0, 1), matrix).view(*samples.shape[:2], -1)
+
+
+def _pieces(x: Tensor, to_grid: Tensor) -> list[slice]:
+    item_bytes = 2 * len(to_grid) * x.shape[2] * x.element_size()
+    return list(grid_pieces(len(x), item_bytes, x.device))
+
+
+def grid_mlp(x: Tensor, weight: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
+    """Apply SiLU, a linear layer without bias, and SiLU at every point of the sphere.
+
+    Args:
+        x: [N, R, C].
+        weight: [C, C].
+        to_grid: [P, R].
+        from_grid: [P, S].
+
+    Returns:
+        [N, S, C].
+    """
+    dtype = x.dtype
+    out: Tensor = _GridMLP.apply(x, weight.to(dtype), to_grid.to(dtype), from_grid.to(dtype))
+    return out

@@ -1,0 +1,95 @@
+"""The radial function: from distance and elements of an edge to weights (paper, section 3.5)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A Gaussian 16 spacings away, 8 widths, is exp(-32) = 1e-14: nothing, in either precision.
+_HALF_WINDOW = 16
+
+
+class GaussianBasis(NamedTuple):
+    """Gaussians at equal spacing from 0 to the cutoff."""
+
+    centers: Tensor  # [B] Angstrom
+    coefficient: float  # of (d - center)^2 in the exponent, 1 / Angstrom^2
+
+
+class RadialWeights(NamedTuple):
+    """Weights of the two hidden layers and the last one; H hidden, A embedding channels."""
+
+    source_embedding: Tensor | None  # [elements, A]
+    target_embedding: Tensor | None  # [elements, A]
+    weight_1: Tensor  # [H, B + 2 A], or [H, B] without embeddings
+    bias_1: Tensor
+    norm_1_weight: Tensor
+    norm_1_bias: Tensor
+    weight_2: Tensor  # [H, H]
+    bias_2: Tensor
+    norm_2_weight: Tensor
+    norm_2_bias: Tensor
+    weight_3: Tensor  # [out, H]
+    bias_3: Tensor
+
+
+class EdgeScalars(NamedTuple):
+    """What the radial function knows of an edge."""
+
+    distance: Tensor  # [E] Angstrom
+    source_element: Tensor  # [E]
+    target_element: Tensor  # [E]
+
+    def of(self, edges: slice) -> EdgeScalars:
+        """The same for some of the edges."""
+        return EdgeScalars(*(field[edges] for field in self))
+
+
+def expand_distance(distance: Tensor, basis: GaussianBasis) -> tuple[Tensor, Tensor]:
+    """The few Gaussians near a distance that are not zero.
+
+    Args:
+        distance: [E] Angstrom.
+        basis: B Gaussians whose width is twice their spacing.
+
+    Returns:
+        Their columns [E, W] and values [E, W]; columns past either end have the value zero.
+    """
+    centers = basis.centers
+    last = len(centers) - 1
+    spacing = centers[-1] / last
+    reach = torch.arange(-_HALF_WINDOW, _HALF_WINDOW + 1, device=distance.device)
+    columns = torch.round(distance / spacing).long()[:, None] + reach
+    inside = (columns >= 0) & (columns <= last)
+    columns = columns.clamp(0, last)
+    offset = distance[:, None] - centers[columns]
+    return columns, torch.exp(basis.coefficient * offset.square()) * inside
+
+
+def radial_function(edges: EdgeScalars, weights: RadialWeights, basis: GaussianBasis) -> Tensor:
+    """Two hidden layers with layer norm and SiLU on (Gaussians, source and target embedding).
+
+    The first layer is a sum of three lookups: of the columns of the Gaussians that are not zero,
+    and of one row each of two tables, embedding times weight, with a row per element.
+
+    Returns:
+        [E, out].
+    """
+    num_basis = len(basis.centers)
+    columns, values = expand_distance(edges.distance, basis)
+    table = weights.weight_1[:, :num_basis].t()
+    hidden = F.embedding_bag(columns, table, per_sample_weights=values, mode="sum")
+    if weights.source_embedding is not None and weights.target_embedding is not None:
+        width = weights.source_embedding.shape[1]
+        source_weight, target_weight = weights.weight_1[:, num_basis:].split(width, dim=1)
+        hidden = hidden + (weights.source_embedding @ source_weight.t())[edges.source_element]
+        hidden = hidden + (weights.target_embedding @ target_weight.t())[edges.target_element]
+    hidden = hidden + weights.bias_1
+    size = hidden.shape[1:]
+    hidden = F.silu(F.layer_norm(hidden, size, weights.norm_1_weight, weights.norm_1_bias))
+    hidden = F.linear(hidden, weights.weight_2, weights.bias_2)
+    hidden = F.silu(F.layer_norm(hidden, size, weights.norm_2_weight, weights.norm_2_bias))
+    return F.linear(hidden, weights.weight_3, weights.bias_3)

@@ -1,0 +1,115 @@
+"""Rotation of features into edge frames, and back with a sum over each atom's edges."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairchem_equiformer.ops.edges import Edges
+from fairchem_equiformer.ops.segments import Chunk, segment_sum
+from fairchem_equiformer.so3.layout import Layout
+from fairchem_equiformer.so3.wigner import expand_rotations
+
+
+class ChunkFrames(NamedTuple):
+    """Rotations and indices of one chunk: e edges, n target atoms."""
+
+    rotation: Tensor  # [e, R, K], m-major rows by l-major columns
+    source: Tensor  # [e], atom in the batch
+    target: Tensor  # [e], atom in the chunk
+    nodes: slice  # target atoms in the batch
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of target atoms."""
+        return int(self.nodes.stop - self.nodes.start)
+
+
+def chunk_frames(edges: Edges, chunk: Chunk) -> ChunkFrames:
+    """Expand the rotations of one chunk."""
+    rotation = expand_rotations(edges.rotations[chunk.edges], edges.layout)
+    target = edges.target[chunk.edges] - chunk.nodes.start
+    return ChunkFrames(rotation, edges.source[chunk.edges], target, chunk.nodes)
+
+
+def rotate_in(x: Tensor, frames: ChunkFrames) -> tuple[Tensor, Tensor]:
+    """Features of both ends of each edge, in the edge's frame: D x[source], D x[target].
+
+    Args:
+        x: [N, K, C].
+
+    Returns:
+        Two tensors [e, R, C].
+    """
+    source = torch.bmm(frames.rotation, x.index_select(0, frames.source))
+    target = torch.bmm(frames.rotation, x[frames.nodes].index_select(0, frames.target))
+    return source, target
+
+
+def rotate_in_backward(
+    source_grad: Tensor, target_grad: Tensor, frames: ChunkFrames, x_grad: Tensor
+) -> None:
+    """Add the gradient of :func:`rotate_in` to ``x_grad`` [N, K, C] in place."""
+    back = frames.rotation.transpose(1, 2)
+    x_grad.index_add_(0, frames.source, torch.bmm(back, source_grad))
+    to_target = segment_sum(torch.bmm(back, target_grad), frames.target, frames.num_nodes)
+    x_grad[frames.nodes] += to_target
+
+
+def scale_orders(x: Tensor, scale: Tensor, layout: Layout, *, by_degree: bool, out: Tensor) -> None:
+    """Multiply every (l, |m|) row, channel by channel, with its radial weight.
+
+    Args:
+        x: [e, R, C].
+        scale: [e, W, C], one row per (|m|, l), or per l where ``by_degree``.
+        out: [e, R, C] that receives the product.
+    """
+    for rows, signs, weights in _scale_blocks(layout, by_degree=by_degree):
+        shape = (len(x), signs, weights.stop - weights.start, x.shape[2])
+        torch.mul(x[:, rows].view(shape), scale[:, None, weights], out=out[:, rows].view(shape))
+
+
+def scale_orders_backward(
+    grad: Tensor, x: Tensor, layout: Layout, *, by_degree: bool, scale_grad: Tensor
+) -> None:
+    """Add the gradient of the weights of :func:`scale_orders` to ``scale_grad`` [e, W, C]."""
+    for rows, signs, weights in _scale_blocks(layout, by_degree=by_degree):
+        for sign in range(signs):
+            width = weights.stop - weights.start
+            part = slice(rows.start + sign * width, rows.start + (sign + 1) * width)
+            scale_grad[:, weights].addcmul_(grad[:, part], x[:, part])
+
+
+def _scale_blocks(layout: Layout, *, by_degree: bool) -> list[tuple[slice, int, slice]]:
+    """For each order: its rows, how many signs they hold, and the rows of their weights."""
+    blocks = []
+    start = 0
+    for m, rows in enumerate(layout.order_slices):
+        width = layout.num_degrees(m)
+        first = max(m, layout.lmin) - layout.lmin if by_degree else start
+        blocks.append((rows, 2 if m else 1, slice(first, first + width)))
+        start += width
+    return blocks
+
+
+def rotate_back_and_sum(messages: Tensor, frames: ChunkFrames, rescale: Tensor) -> Tensor:
+    """Turn messages to the common frame and sum over each target: rescale * sum of D^T v.
+
+    Args:
+        messages: [e, R, C].
+        frames: with rotation [e, R, K].
+        rescale: [K], for the orders left out (so3/layout.py).
+
+    Returns:
+        [n, K, C].
+    """
+    turned = torch.bmm(frames.rotation.transpose(1, 2), messages)
+    return segment_sum(turned, frames.target, frames.num_nodes) * rescale[:, None]
+
+
+def rotate_back_and_sum_backward(grad: Tensor, frames: ChunkFrames, rescale: Tensor) -> Tensor:
+    """Gradient of :func:`rotate_back_and_sum`: [n, K, C] to [e, R, C]."""
+    scaled = grad * rescale[:, None]
+    return torch.bmm(frames.rotation, scaled.index_select(0, frames.target))

@@ -1,0 +1,82 @@
+"""Operations over edges sorted by target atom: chunks, segment sums and softmax."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Chunk(NamedTuple):
+    """Consecutive target atoms and all the edges they receive."""
+
+    nodes: slice  # target atoms among all atoms
+    rows: slice  # the same among the atoms whose features are computed here
+    edges: slice
+
+
+def target_chunks(target_ptr: Tensor, max_edges: int, offset: int = 0) -> tuple[Chunk, ...]:
+    """Cut the edge list at target boundaries into chunks of at most ``max_edges`` edges.
+
+    An atom with more edges than that gets a chunk of its own, so that softmax and sums never cross
+    a boundary.
+
+    Args:
+        target_ptr: [N + 1], edges of the i-th target are ``target_ptr[i]:target_ptr[i + 1]``.
+        max_edges: at least 1.
+        offset: first target among all atoms.
+    """
+    pointers = target_ptr.tolist()
+    chunks = []
+    first = 0
+    for node in range(1, len(pointers)):
+        last = node == len(pointers) - 1
+        if last or pointers[node + 1] - pointers[first] > max_edges:
+            chunks.append(
+                Chunk(
+                    slice(offset + first, offset + node),
+                    slice(first, node),
+                    slice(pointers[first], pointers[node]),
+                )
+            )
+            first = node
+    return tuple(chunks)
+
+
+def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """Sum rows of equal segment, in the order of the rows: the same bits at every call.
+
+    Args:
+        values: [E, ...].
+        segment: [E] int64, ascending.
+        num_segments: S.
+
+    Returns:
+        [S, ...].
+    """
+    flat = values.reshape(len(values), -1)
+    if values.is_cuda and len(values):  # index_add_ uses atomics there, in no fixed order
+        lengths = torch.bincount(segment, minlength=num_segments)
+        total = torch.segment_reduce(flat, "sum", lengths=lengths)
+    else:
+        total = flat.new_zeros(num_segments, flat.shape[1]).index_add_(0, segment, flat)
+    return total.view(num_segments, *values.shape[1:])
+
+
+def segment_softmax(logits: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """Softmax over the edges of each target, per head (paper, section 3.2).
+
+    Args:
+        logits: [E, heads].
+        segment: [E] int64, ascending.
+        num_segments: S.
+
+    Returns:
+        [E, heads], positive, summing to 1 over each segment.
+    """
+    index = segment[:, None].expand_as(logits)
+    peak = logits.new_full((num_segments, logits.shape[1]), -torch.inf)
+    peak = peak.scatter_reduce(0, index, logits, "amax")
+    weights = torch.exp(logits - peak[segment])
+    return weights / segment_sum(weights, segment, num_segments)[segment]

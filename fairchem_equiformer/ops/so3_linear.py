@@ -1,0 +1,60 @@
+"""Equivariant linear layer: one matrix per degree, a bias on l = 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairchem_equiformer.so3.layout import degree_slices
+
+
+class _SO3Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = x.new_empty(*x.shape[:2], weight.shape[1])
+        for rows, matrix in zip(degree_slices(len(weight) - 1), weight, strict=True):
+            y[:, rows] = _mm(x[:, rows], matrix.t())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        x_grad = torch.empty_like(x)
+        weight_grad = torch.empty_like(weight)
+        for degree, rows in enumerate(degree_slices(len(weight) - 1)):
+            part = grad[:, rows]
+            x_grad[:, rows] = _mm(part, weight[degree])
+            flat = part.flatten(0, 1)
+            torch.mm(flat.t(), x[:, rows].flatten(0, 1), out=weight_grad[degree])
+        return x_grad, weight_grad
+
+
+def _mm(x: Tensor, matrix: Tensor) -> Tensor:
+    """[N, M, C] times [C, D], by one product whether or not a gradient is wanted."""
+    return torch.mm(x.flatten(0, 1), matrix).view(*x.shape[:2], -1)
+
+
+def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[l, m] = W[l] x[l, m] + (bias if l = 0).
+
+    Under autocast the products run in its dtype.
+
+    Args:
+        x: [N, (lmax + 1)^2, C_in], l-major.
+        weight: [lmax + 1, C_out, C_in].
+        bias: [C_out].
+
+    Returns:
+        [N, (lmax + 1)^2, C_out].
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    y: Tensor = _SO3Linear.apply(x, weight)
+    if bias is None:
+        return y
+    return torch.cat([y[:, :1] + bias.to(y.dtype), y[:, 1:]], dim=1)
