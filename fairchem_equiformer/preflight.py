@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
@@ -148,7 +149,10 @@ def _check_data(file: Path, splits: dict[str, Config], mode: str) -> None:
             _check_lmdb(f"{file}: {key}", split["src"], hint=f"set it there or by --{key}=PATH")
     for key, path in _statistics_files(splits["train"]):
         if not Path(path).is_file():
-            raise InputError(f"{file}: {key}: no such file: {path} (looked from {Path.cwd()})")
+            raise InputError(
+                f"{file}: {key}: no such file: {path} (looked from {Path.cwd()}). "
+                f"{_where_to_get(Path(path))}If it lies elsewhere, set it there or by --{key}=PATH"
+            )
 
 
 def _check_lmdb(where: str, src: str | list[str], hint: str) -> None:
@@ -171,7 +175,7 @@ def _where_to_get(path: Path) -> str:
     parts = path.parts
     if any("oc22" in part.lower() for part in parts):
         return "Download the OC22 LMDBs from https://fair-chem.github.io/core/datasets/oc22.html. "
-    script = Path(fairchem.core.__path__[0]) / "scripts" / "download_data.py"
+    script = relpath(Path(fairchem.core.__path__[0]) / "scripts" / "download_data.py")
     page = "https://fair-chem.github.io/core/datasets/oc20.html"
     for task in ("s2ef", "is2re"):
         if task in parts:
@@ -179,8 +183,10 @@ def _where_to_get(path: Path) -> str:
             command = f"python {script} --data-path {Path(*above)} --task {task}"
             if task == "is2re":
                 return f"Download OC20 IS2RE (all splits; {page}): {command}. "
-            commands = " and ".join(f"{command} --split {name}" for name in _s2ef_splits(below))
-            return f"Download OC20 S2EF ({page}): {commands}. "
+            splits = _s2ef_splits(below)
+            commands = " and ".join(f"{command} --split {name}" for name in splits)
+            link = f"; link the .lmdb files of both into {path}, renamed apart"
+            return f"Download OC20 S2EF ({page}): {commands}{link if len(splits) > 1 else ''}. "
     return ""
 
 

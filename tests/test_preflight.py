@@ -79,7 +79,7 @@ def test_data_not_set(fairchem, tiny_config, checkpoint, mode):
         ("data/oc20/s2ef/all/train", "--split all."),
         ("data/oc20/s2ef/all/val_ood_cat", "--split val_ood_cat."),
         ("data/oc20/s2ef/all/test_id", "--split test."),
-        ("data/oc20/s2ef/all_md/train", "--split md."),
+        ("data/oc20/s2ef/all_md/train", "--split md; link the .lmdb files of both into data/oc20"),
         ("s2ef/200k", "--data-path . --task s2ef --split 200k."),
         ("data/is2re/all/train/data.lmdb", "--data-path data --task is2re."),
         ("data/oc22/s2ef-total/train", "datasets/oc22.html"),
@@ -107,9 +107,9 @@ def test_two_paths_for_one_lmdb(fairchem, tiny_config, tiny_lmdb):
 
 def test_missing_file_of_references(fairchem, tiny_config):
     transforms = tiny_config["dataset"]["train"]["transforms"]
-    transforms["element_references"] = {"energy": {"file": "references.npz"}}
+    transforms["element_references"] = {"energy": {"file": "oc22/linfit.npz"}}
     key = "dataset.train.transforms.element_references.energy.file"
-    assert_one_line(fairchem(tiny_config), key, "references.npz")
+    assert_one_line(fairchem(tiny_config), f"--{key}=PATH", "oc22/linfit.npz", "oc22.html")
 
 
 @pytest.mark.parametrize("section", ["model", "dataset", "optim"])
