@@ -92,7 +92,10 @@ class ModelConfig:
     avg_degree: float | None = None
     use_energy_lin_ref: bool = False
     load_energy_lin_ref: bool = False
-    activation_checkpoint: bool = False
+    activation_checkpoint: bool = False  # keep only the blocks' inputs for the backward pass
+    # The one key that is not fairchem's: edges worked on at a time, by default as many as fit the
+    # processor's cache (CPU) or 256 MiB (GPU). Fewer need less memory; the results are the same.
+    edges_per_chunk: int | None = None
 
     @classmethod
     def from_keys(cls, keys: dict[str, Any]) -> ModelConfig:
@@ -118,6 +121,8 @@ class ModelConfig:
         for key in _POSITIVE:
             if not getattr(self, key) > 0:
                 _refuse(key, getattr(self, key), "a number above 0")
+        if self.edges_per_chunk is not None and self.edges_per_chunk < 1:
+            _refuse("edges_per_chunk", self.edges_per_chunk, "a number above 0")
         for key in _PROBABILITIES:
             if not 0 <= getattr(self, key) < 1:
                 _refuse(key, getattr(self, key), "a probability, at least 0 and below 1")
@@ -125,6 +130,9 @@ class ModelConfig:
             if getattr(self, key) not in choices:
                 _refuse(key, getattr(self, key), " or ".join(map(repr, choices)))
         self._check_degrees()
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
         if self.share_atom_edge_embedding and not self.use_atom_edge_embedding:
             _refuse("use_atom_edge_embedding", False, "True with share_atom_edge_embedding: True")
         if self.use_energy_lin_ref and not self.load_energy_lin_ref:

@@ -86,8 +86,8 @@ class EquiformerV2Backbone(nn.Module):
 
         Returns:
             ``node_embedding`` [rows, (lmax + 1)^2, C], and what the blocks read beside it:
-            ``graph``, ``edges``, ``basis`` and ``shared``. The rows are all atoms, or this process's
-            in graph-parallel training.
+            ``graph``, ``edges``, ``basis`` and ``shared``. The rows are all atoms, or those of this
+            process in graph-parallel training.
 
         Raises:
             ValueError: for bad input, naming the structure and the value.
@@ -131,9 +131,15 @@ class EquiformerV2Backbone(nn.Module):
             atoms = torch.arange(graph.num_nodes, device=graph.target.device)
             own = gp_utils.scatter_to_model_parallel_region(atoms)
             rows, gather = slice(int(own[0]), int(own[-1]) + 1), gather_nodes
-        dtype = self.sphere_embedding.weight.dtype
-        channels = self.config.sphere_channels
-        return prepare_edges(graph, self.config.layout, channels, dtype, rows=rows, gather=gather)
+        return prepare_edges(
+            graph,
+            self.config.layout,
+            self.config.sphere_channels,
+            self.sphere_embedding.weight.dtype,
+            max_edges=self.config.edges_per_chunk,
+            rows=rows,
+            gather=gather,
+        )
 
     @property
     def num_params(self) -> int:

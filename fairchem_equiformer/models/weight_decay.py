@@ -7,7 +7,6 @@ from torch import nn
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.nn.so3_linear import SO3Linear
 
-
 _NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, *NORMS.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ class GraphAttention(nn.Module):
         return touch(y, self.proj.bias, *higher_orders.parameters())
 
     def _weights(self, shared: tuple[nn.Embedding | None, nn.Embedding | None]) -> AttentionWeights:
-        radial = self.rad_func or self.so2_conv_1.rad_func
+        radial = cast("RadialFunction", self.rad_func or self.so2_conv_1.rad_func)
         source = self.source_embedding or shared[0]
         target = self.target_embedding or shared[1]
         if self.out_degree is None:
