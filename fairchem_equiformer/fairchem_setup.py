@@ -1,15 +1,16 @@
 """What fairchem-core 1.10 needs put right before it runs here.
 
 fairchem-core imports each of its models when it starts, and those of others need packages that
-this one does not (torch-sparse, torch-cluster): `import_local_file` lets them be missing. And it
-saves the name of a task where it later looks for that of a trainer: `install` knows both.
+this one does not (torch-sparse, torch-cluster): `import_local_file` lets them be missing. It saves
+the name of a task where it later looks for that of a trainer: `install` makes both known. And its
+cosine schedule divides by a warm-up that may round to no step: `_take_a_step_to_warm_up`.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fairchem.core.common import utils
 from fairchem.core.common.registry import registry
@@ -64,11 +65,28 @@ def import_local_file(path: Path, *, project_root: Path) -> None:
         except (ImportError, OSError) as error:  # OSError: a compiled library for another torch
             model = file.relative_to(models).parts[0].removesuffix(".py")
             skipped.setdefault(str(error), set()).add(model)
+    _take_a_step_to_warm_up()
     if skipped:
         logger.info(
             "fairchem models skipped: %s",
             "; ".join(f"{', '.join(sorted(names))} ({why})" for why, names in skipped.items()),
         )
+
+
+def _take_a_step_to_warm_up() -> None:
+    """Let the warm-up of the cosine schedule be shorter than a step, as it is on little data.
+
+    It is given in epochs; 0.01 of them are no step if an epoch has fewer than 100.
+    """
+    # Not at the top: it imports fairchem's own EquiformerV2, which is slow and prints a warning.
+    from fairchem.core.models.equiformer_v2.trainers import lr_scheduler  # noqa: PLC0415
+
+    class CosineLRLambda(lr_scheduler.CosineLRLambda):
+        def __init__(self, scheduler_params: dict[str, Any]) -> None:
+            steps = max(scheduler_params["warmup_epochs"], 1)  # by now in steps
+            super().__init__({**scheduler_params, "warmup_epochs": steps})
+
+    lr_scheduler.CosineLRLambda = CosineLRLambda
 
 
 def _module_name(path: Path, project_root: Path) -> str:

@@ -83,6 +83,14 @@ def test_trains_without_torch_sparse_and_says_what_was_skipped(trained):
     assert torch.load(folder / "checkpoint.pt", weights_only=False)["step"] == 4
 
 
+@pytest.mark.long
+def test_trains_on_two_ranks(start, workspace):
+    output = start(OURS, "train", "ranks", "--num-gpus", 2)
+    assert output.count(SKIPPED) == 2
+    folder = workspace / "checkpoints" / "ranks"
+    assert torch.load(folder / "checkpoint.pt", weights_only=False)["step"] == 2
+
+
 def test_the_stock_command_predicts(workspace, start, trained):
     output = start(STOCK, "predict", "stock", "--checkpoint", trained[1] / "best_checkpoint.pt")
     assert SKIPPED in output
@@ -103,6 +111,15 @@ def test_resuming_does_not_stretch_the_schedule(workspace, trained, monkeypatch)
     assert [schedule["epochs"] for schedule in schedules] == [4, 6]
     assert [schedule["warmup_epochs"] for schedule in schedules] == [1, 1]
     assert after["step"] == 6
+
+
+def test_a_warm_up_shorter_than_a_step_takes_one(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    others = ("--optim.scheduler_params.warmup_epochs=0.01", f"--run-dir={workspace}")
+    assert main(arguments("train", "short", *others)) == 0
+    folder = workspace / "checkpoints" / "short"
+    schedule = torch.load(folder / "checkpoint.pt", weights_only=False)["scheduler"]
+    assert schedule["lr_lambdas"][0]["warmup_epochs"] == 1
 
 
 def test_relaxes(workspace, trained, monkeypatch):
