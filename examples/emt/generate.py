@@ -56,15 +56,15 @@ ADSORBATES = ("H", "C", "N", "O", "CO", "OH", "NH")
 HELD_OUT_ADSORBATES = ("NO", "CH")
 TEST_SPLITS = ("id", "ood_ads", "ood_cat", "ood_both")
 
-FULL = {"train": 240, "val_id": 20} | {f"test_{split}": 16 for split in TEST_SPLITS}
+FULL = {"train": 160, "val_id": 10} | {f"test_{split}": 10 for split in TEST_SPLITS}
 QUICK = {"train": 4, "val_id": 2} | {f"test_{split}": 2 for split in TEST_SPLITS}
 
 LAYERS, FIXED_LAYERS = 4, 2
 GUEST_FRACTION = 0.25
 VACUUM = 8.0  # Angstrom on each side: farther than EMT's cutoff and the model's
-SITE_HEIGHT = 1.8  # Angstrom, lowest atom of the adsorbate above the top layer
-RATTLE = 0.08  # Angstrom, standard deviation of each free coordinate of the initial structure
-FMAX, MAX_STEPS, MAX_ATTEMPTS = 0.03, 200, 10
+CONTACT = 2.0  # Angstrom from adsorbate to slab at first; EMT's H, C, N and O are all of this size
+RATTLE = 0.06  # Angstrom, standard deviation of each free coordinate of the slab at first
+FMAX, MAX_STEPS, MAX_ATTEMPTS = 0.05, 150, 10  # eV/Angstrom, BFGS steps, draws of a system
 
 Array = "npt.NDArray[np.float64]"
 
@@ -155,18 +155,23 @@ def build_slab(system: System, rng: np.random.Generator) -> Atoms:
 
 
 def add_adsorbate(slab: Atoms, name: str, rng: np.random.Generator) -> Atoms:
-    """Return the slab with the adsorbate (tag 2) over a random point, turned and rattled."""
+    """Return the slab, rattled, with the adsorbate (tag 2) turned and over a random point."""
     adsorbate = Atoms(name, positions=[[0, 0, 0]]) if len(name) == 1 else molecule(name)
     adsorbate.rotate(rng.uniform(0, 360), rng.normal(size=3))
-    lowest = adsorbate.positions[adsorbate.positions[:, 2].argmin()]
-    site = rng.random(2) @ slab.cell.array[:2, :2]
-    top = slab.positions[:, 2].max()
-    adsorbate.translate([*site, top + SITE_HEIGHT] - lowest)
+    adsorbate.translate([*(rng.random(2) @ slab.cell.array[:2, :2]), slab.positions[:, 2].max()])
     adsorbate.set_tags(2)
-    atoms = slab + adsorbate
-    # set_positions moves no fixed atom
-    atoms.set_positions(atoms.positions + rng.normal(scale=RATTLE, size=(len(atoms), 3)))
+    atoms = slab.copy()
+    atoms.rattle(RATTLE, rng=rng)  # free atoms only
+    atoms += adsorbate
+    while nearest_contact(atoms) < CONTACT:
+        atoms.positions[len(slab) :, 2] += 0.05
     return atoms
+
+
+def nearest_contact(atoms: Atoms) -> float:
+    """Smallest distance in Angstrom between an atom of the adsorbate and one of the slab."""
+    adsorbate = atoms.get_tags() == 2
+    return float(atoms.get_all_distances(mic=True)[adsorbate][:, ~adsorbate].min())
 
 
 def relax(atoms: Atoms, name: str) -> list[Array]:
@@ -190,24 +195,25 @@ class NotRelaxedError(RuntimeError):
 
 
 def kept_steps(last: int) -> list[int]:
-    """Steps 0, 1, 2, 4, 8, ... and the last: dense where the structure still moves."""
+    """Steps 0, 1, 2, 3, 4, 6, 9, ... and the last: dense where the structure still moves."""
     steps = [0]
-    while (step := max(1, 2 * steps[-1])) < last:
+    while (step := 1 + int(1.5 * steps[-1])) < last:
         steps.append(step)
     return [*steps, last] if last else steps
 
 
-def label(atoms: Atoms, positions: Array, fid: int, reference: float) -> Frame:
-    """Compute EMT energy (minus `reference`) and forces of `positions` as float32."""
+def label(atoms: Atoms, steps: Sequence[Array], reference: float) -> tuple[Frame, ...]:
+    """Compute EMT energy (minus `reference`) and forces of the steps worth keeping."""
     frame = atoms.copy()
-    frame.positions = positions.astype(np.float32)
     frame.calc = EMT()
-    return Frame(
-        fid=fid,
-        positions=frame.positions.astype(np.float32),
-        energy=frame.get_potential_energy(apply_constraint=False) - reference,
-        forces=frame.get_forces(apply_constraint=False),
-    )
+    frames = []
+    for fid in kept_steps(len(steps) - 1):
+        # The labels are those of the rounded positions that the dataset stores.
+        stored = steps[fid].astype(np.float32)
+        frame.positions = stored
+        energy = frame.get_potential_energy(apply_constraint=False) - reference
+        frames.append(Frame(fid, stored, energy, frame.get_forces(apply_constraint=False)))
+    return tuple(frames)
 
 
 def relax_system(system: System, seed: int, gas: Mapping[str, float]) -> Relaxation:
@@ -230,9 +236,9 @@ def relax_system(system: System, seed: int, gas: Mapping[str, float]) -> Relaxat
         reference = slab.get_potential_energy() + sum(
             gas[symbol] for symbol in atoms[atoms.get_tags() == 2].symbols
         )
-        frames = [label(atoms, steps[i], i, reference) for i in kept_steps(len(steps) - 1)]
+        frames = label(atoms, steps, reference)
         atoms.calc = None  # a calculator cannot travel between processes
-        return Relaxation(system, atoms, tuple(frames))
+        return Relaxation(system, atoms, frames)
     raise NotRelaxedError(f"{system}: no relaxation converged in {MAX_ATTEMPTS} attempts")
 
 
