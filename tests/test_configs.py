@@ -9,12 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import torch
+from fairchem.core.common.flags import flags
 from fairchem.core.common.registry import registry
-from fairchem.core.common.utils import load_config
+from fairchem.core.common.utils import build_config, load_config, new_trainer_context
+from fairchem.core.models.equiformer_v2.trainers.lr_scheduler import CosineLRLambda
 from torch.overrides import TorchFunctionMode
 
 import fairchem_equiformer  # noqa: F401  # registers the models
+from tests.conftest import TINY_MODEL, make_data, write_lmdb
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -195,8 +200,6 @@ def test_includes_are_found_from_any_folder(
 
 def test_learning_rate_schedule() -> None:
     """Warm-up from a fifth, then the cosine over all steps, not offset by the warm-up."""
-    from fairchem.core.models.equiformer_v2.trainers.lr_scheduler import CosineLRLambda
-
     optim = config_of("oc20/2M/eqv2_83M.yml")["optim"]
     steps_per_epoch = 1000
     scale = CosineLRLambda(
@@ -211,3 +214,63 @@ def test_learning_rate_schedule() -> None:
     assert scale(100) == 1.0
     assert scale(6000) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi / 2)) / 2)
     assert scale(12_000) == 0.01
+
+
+# Electronvolts an atom, as far from zero as DFT's totals are.
+REFERENCES = {1: -13.5, 29: -1300.25}
+
+
+def open_catalyst_lmdb(path: Path, *, totals: bool) -> Path:
+    """Write four slabs as OC20 names things, or as OC22 does, with total energies."""
+    entries = [make_data(index) for index in range(4)]
+    for entry in entries:
+        entry.y, entry.force = entry.energy, entry.forces
+        del entry.energy, entry.forces
+        if totals:
+            entry.oc22 = 1
+            entry.y += sum(REFERENCES[int(z)] for z in entry.atomic_numbers)
+    return write_lmdb(path, entries)
+
+
+@pytest.mark.parametrize("name", ["oc20/2M/eqv2_83M.yml", "oc22/eqv2_121M.yml"])
+def test_labels_reach_the_loss_and_predictions_the_user(name: str, tmp_path: Path) -> None:
+    """The trainer that a config makes: OC22's references leave the targets and come back."""
+    oc22 = name.startswith("oc22")
+    lmdb = open_catalyst_lmdb(tmp_path / "data.lmdb", totals=oc22)
+    overrides = [f"dataset.{split}.src={lmdb}" for split in ("train", "val")]
+    overrides += ["dataset.val.val_split_settings.sample_n=2", "optim.num_workers=0"]
+    overrides += [f"model.{key}={value}" for key, value in TINY_MODEL.items()]
+    if oc22:
+        coefficients = np.zeros(90)
+        coefficients[list(REFERENCES)] = list(REFERENCES.values())
+        np.savez(tmp_path / "linfit.npz", coeff=coefficients)
+        file = "dataset.train.transforms.element_references.energy.file"
+        overrides.append(f"{file}={tmp_path / 'linfit.npz'}")
+    command = ["--mode", "train", "--config-yml", str(CONFIGS / name), "--cpu", "--debug"]
+    options = flags.get_parser().parse_args([*command, "--run-dir", str(tmp_path)])
+    config = build_config(options, overrides) | {"local_rank": 0}
+
+    with new_trainer_context(config=config) as context:
+        trainer = context.trainer
+        assert len(trainer.val_dataset) == 2
+        trainer.model.eval()
+        batch = next(iter(trainer.train_loader))
+        outputs = trainer._forward(batch)
+        loss = trainer._compute_loss(outputs, batch).item()
+        predicted = trainer.predict(batch, per_image=False, disable_tqdm=True)
+
+    scale = config["dataset"]["train"]["transforms"]["normalizer"]
+    per_atom = torch.tensor([REFERENCES[int(z)] if oc22 else 0.0 for z in batch.atomic_numbers])
+    reference = torch.zeros(len(batch)).index_add(0, batch.batch, per_atom)
+    target = (batch.energy - reference - scale["energy"]["mean"]) / scale["energy"]["rmsd"]
+    energy_loss = (outputs["energy"].flatten() - target).abs().mean().item()
+    free = batch.fixed == 0
+    error = outputs["forces"] - batch.forces / scale["forces"]["rmsd"]
+    force_loss = error[free].norm(dim=-1).mean().item()
+    paper = EXPERIMENTS[name]
+    expected = paper.energy_coefficient * energy_loss + paper.force_coefficient * force_loss
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+    energy = outputs["energy"] * scale["energy"]["rmsd"] + scale["energy"]["mean"]
+    torch.testing.assert_close(predicted["energy"].flatten(), energy.flatten() + reference)
+    torch.testing.assert_close(predicted["forces"], outputs["forces"] * scale["forces"]["rmsd"])
