@@ -5,18 +5,15 @@ imported. Our `fairchem` command could put that right for itself, but not for th
 never see it: fairchem-core's own script, Slurm jobs, the ranks of a distributed run. Python reads
 the .pth file beside this module at start-up, and so all of them are served in one place.
 
-Only the standard library is imported, since every start of Python pays for it.
+Every start of Python pays for what stands at the top: hence no imports there but `sys`.
 """
 
 from __future__ import annotations
 
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # typing's would cost its import
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from pathlib import Path
     from types import ModuleType
@@ -26,43 +23,35 @@ TARGET = "fairchem.core.common.utils"
 
 def import_local_file(path: Path, *, project_root: Path) -> None:
     """Stand in for fairchem-core's function of this name until its first call."""
-    # Not at the top: at start-up it would import torch, and here nothing is half imported.
+    # By then nothing is half imported, as it is while `TARGET` is.
     from fairchem_equiformer import fairchem_setup  # noqa: PLC0415
 
     fairchem_setup.install()
     fairchem_setup.import_local_file(path, project_root=project_root)
 
 
-class _PatchingLoader(Loader):
-    """Runs a module as its own loader does, then exchanges the one function."""
+class Finder:
+    """Finds `TARGET` as the finders after it do, and has one function exchanged in it."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        module._import_local_file = import_local_file  # noqa: SLF001
-
-
-class _Finder(MetaPathFinder):
-    """Finds `TARGET` once, as the finders after it do, and wraps its loader."""
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None = None,  # noqa: ARG002
-        target: ModuleType | None = None,  # noqa: ARG002
-    ) -> ModuleSpec | None:
-        if fullname != TARGET:
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        """Answer for `TARGET`, once; see `importlib.abc.MetaPathFinder`."""
+        if name != TARGET:
             return None
+        from importlib.util import find_spec  # noqa: PLC0415
+
         sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _PatchingLoader(spec.loader)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        loader = spec.loader
+        run = loader.exec_module
+
+        def run_and_exchange(module: ModuleType) -> None:
+            run(module)
+            module._import_local_file = import_local_file  # noqa: SLF001
+
+        loader.exec_module = run_and_exchange
         return spec
 
 
-sys.meta_path.insert(0, _Finder())
+sys.meta_path.insert(0, Finder())
