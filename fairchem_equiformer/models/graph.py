@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ from fairchem_equiformer.ops.edge_graph import EdgeGraph
 from fairchem_equiformer.ops.neighbors import NeighborList, neighbor_list, plane_spacings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -71,22 +74,22 @@ def build_graph(
             out of range; a position or cell is not finite; a cell is degenerate in its periodic
             directions; two atoms, or an atom and an image, are on one point.
     """
-    del use_pbc_single
-    with torch.autocast(device_type=data.pos.device.type, enabled=False):
+    with torch.autocast(device_type=_field(data, "pos").device.type, enabled=False):
         structures = _read(data, use_pbc=use_pbc)
         _check_atoms(structures, max_num_elements)
         edges = None if otf_graph else _given_edges(data, structures, use_pbc=use_pbc)
         if edges is None:
             _check_cells(structures)
-            edges = neighbor_list(
-                structures.pos,
-                structures.cell,
-                structures.pbc,
-                structures.natoms,
+            search = partial(
+                neighbor_list,
                 cutoff=cutoff,
                 max_neighbors=max_neighbors,
                 strict=enforce_max_neighbors_strictly,
             )
+            if use_pbc_single:
+                edges = _one_by_one(search, structures)
+            else:
+                edges = search(structures.pos, structures.cell, structures.pbc, structures.natoms)
         return _edge_graph(structures, edges)
 
 
@@ -219,10 +222,29 @@ def _given_edges(data: Any, structures: _Structures, *, use_pbc: bool) -> Neighb
             f"edge {edge} of the batch joins {structures.atom_name(int(source[edge]))}"
             f" and {structures.atom_name(int(target[edge]))}: not the same structure"
         )
+    broken = (image != image.long()).any(dim=1)
+    if broken.any():
+        edge = int(broken.nonzero()[0])
+        raise ValueError(
+            f"edge {edge} of the batch, to {structures.atom_name(int(target[edge]))}, has"
+            f" cell_offsets {image[edge].tolist()}: not whole numbers"
+        )
+    image = image.long()
     itself = (source == target) & (image == 0).all(dim=1)
     order = torch.argsort(target, stable=True)
     order = order[~itself[order]]
     return NeighborList(source[order], target[order], image[order])
+
+
+def _one_by_one(search: Callable[..., NeighborList], structures: _Structures) -> NeighborList:
+    first, found = 0, []
+    for graph, pos in enumerate(structures.pos.split(structures.natoms.tolist())):
+        one = slice(graph, graph + 1)
+        edges = search(pos, structures.cell[one], structures.pbc[one], structures.natoms[one])
+        found.append((edges.source + first, edges.target + first, edges.image))
+        first += len(pos)
+    source, target, image = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return NeighborList(source, target, image)
 
 
 def _edge_graph(structures: _Structures, edges: NeighborList) -> EdgeGraph:

@@ -5,14 +5,15 @@ neighbours of an atom, with all comparisons on squared distances in the precisio
 
 * candidates are all images of all atoms within the cutoff, the boundary included;
 * strict: the ``max_neighbors`` nearest of them;
-* not strict: all that are no farther than the next one, the ``max_neighbors + 1``-th, plus 0.01 A^2.
+* not strict: all up to the squared distance of the ``max_neighbors + 1``-th plus 0.01 Angstrom^2.
 
 Crystals are full of equal distances, which rounding makes unequal here and there, so that the last
 bit decides: a squared distance is computed by the very operations of fairchem. Where the strict
 mode still has to choose among equals, fairchem takes those that ``torch.sort`` happens to put first
 in a table of all distances within the cutoff. That sort is not stable on the CPU: its choice hangs
-on the width of the table, which is the largest number of candidates of any atom in the batch. For
-atoms with such a tie, and only if there are any, the same table is built and sorted.
+on the width of the table, which is the largest number of candidates of any atom in the batch. So
+the same table is built and sorted, for the atoms that have such a tie, if there are any. This is
+the only way in which the rest of a batch can change the edges of a structure.
 
 The search around this is free to do as it likes. Atoms that may matter are copied into a shell
 around their cell ("ghosts") and sorted into columns; each target looks through the columns around
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TIE_TOLERANCE = 0.01
-"""How much farther (A^2) than the first excluded neighbour the non-strict mode still accepts."""
+"""Angstrom^2 by which the non-strict mode exceeds the first neighbour beyond ``max_neighbors``."""
 
 _PAIRS_AT_ONCE = 1 << 18  # candidate pairs in flight: bounds the memory, about 100 bytes a pair
 _SURPLUS = 2.0  # neighbours expected in the first radius, over those wanted
@@ -220,7 +221,8 @@ def _first_radius(atoms: _Atoms, pbc: Tensor, natoms: Tensor, rule: _Rule) -> Te
 
 
 def _segment(values: Tensor, reduce: str, lengths: Tensor) -> Tensor:
-    return torch.segment_reduce(values, reduce, lengths=lengths, axis=0)
+    reduced: Tensor = torch.segment_reduce(values, reduce, lengths=lengths, axis=0)
+    return reduced
 
 
 def _reach(radius: Tensor) -> Tensor:
@@ -406,11 +408,12 @@ def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor]:
 
 def _table(pairs: _Pairs, count: Tensor, width: int) -> Tensor:
     """Squared distances of each row side by side, [rows, width], filled up with infinity."""
-    table = pairs.distance_sqr.new_full((len(count) * width,), torch.inf)
+    table = pairs.distance_sqr.new_full((len(count), width), torch.inf)
     first = torch.cumsum(count, dim=0) - count
     gap = torch.arange(len(count), device=count.device) * width - first
     place = torch.arange(len(pairs.row), device=count.device) + gap.index_select(0, pairs.row)
-    return table.index_copy_(0, place, pairs.distance_sqr).view(len(count), width)
+    table.view(-1).index_copy_(0, place, pairs.distance_sqr)
+    return table
 
 
 def _break_ties(atoms: _Atoms, tied: Tensor, rule: _Rule) -> list[NeighborList]:
