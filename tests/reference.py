@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from e3nn import o3
@@ -48,20 +49,23 @@ def per_coefficient(per_degree: Tensor) -> Tensor:
     return per_degree.repeat_interleave(repeats, dim=0)
 
 
+@cache
+def _harmonics(lmax: int) -> o3.SphericalHarmonics:
+    return o3.SphericalHarmonics(list(range(lmax + 1)), normalize=True, normalization="norm")
+
+
 def harmonics(lmax: int, vector: Tensor) -> Tensor:
     """Real harmonics of directions [..., 3], each degree of norm 1: [..., (lmax + 1)^2]."""
-    degrees = list(range(lmax + 1))
-    return o3.spherical_harmonics(degrees, vector, normalize=True, normalization="norm")
+    return _harmonics(lmax)(vector)
 
 
 def edge_frame(vector: Tensor) -> Tensor:
     """R with R v = |v| y whose x axis is horizontal: rows y × v, v and their cross product."""
-    direction = F.normalize(vector, dim=-1)
+    direction = vector / vector.norm(dim=-1, keepdim=True)
     x, _, z = direction.unbind(-1)
-    horizontal = torch.stack([z, torch.zeros_like(x), -x], dim=-1)
-    along_y = horizontal.norm(dim=-1, keepdim=True) == 0
-    horizontal = torch.where(along_y, horizontal.new_tensor([1.0, 0.0, 0.0]), horizontal)
-    horizontal = F.normalize(horizontal, dim=-1)
+    length = torch.hypot(x, z)[:, None]
+    horizontal = torch.stack([z, torch.zeros_like(x), -x], dim=-1) / length
+    horizontal = torch.where(length == 0, horizontal.new_tensor([1.0, 0.0, 0.0]), horizontal)
     third = torch.linalg.cross(horizontal, direction)
     return torch.stack([horizontal, direction, third], dim=-2)
 
@@ -71,12 +75,12 @@ def wigner(rotation: Tensor, lmax: int) -> Tensor:
     generator = torch.Generator().manual_seed(lmax)
     points = torch.randn(8 * lmax + 8, 3, generator=generator, dtype=torch.float64)
     points = points.to(rotation.device)
+    before, after = harmonics(lmax, points), harmonics(lmax, points @ rotation.transpose(-1, -2))
     blocks = rotation.new_zeros(len(rotation), (lmax + 1) ** 2, (lmax + 1) ** 2)
     for degree in range(lmax + 1):
         rows = slice(degree**2, (degree + 1) ** 2)
-        before = harmonics(lmax, points)[:, rows]
-        after = harmonics(lmax, points @ rotation.transpose(-1, -2))[..., rows]
-        blocks[:, rows, rows] = (torch.linalg.pinv(before) @ after).transpose(-1, -2)
+        solution = torch.linalg.pinv(before[:, rows]) @ after[..., rows]
+        blocks[:, rows, rows] = solution.transpose(-1, -2)
     return blocks
 
 
@@ -92,35 +96,47 @@ def kept_orders(lmax: int, mmax: int) -> Tensor:
     return torch.tensor(kept, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class Sphere:
-    """The maps G and G^-1 of section A.4, by e3nn's own transforms."""
+class Sphere(NamedTuple):
+    """The maps G and G^-1 of section A.4, between coefficients and samples at P points."""
 
-    to_grid: o3.ToS2Grid
-    from_grid: o3.FromS2Grid
-    factor: Tensor  # rescale, or 0 for orders left out
+    to_grid: Tensor  # [P, K] float64
+    from_grid: Tensor  # [K, P] float64
 
     def to(self, x: Tensor) -> Tensor:
-        """G: [B, K, C] to [B, C, latitudes, longitudes]."""
-        return self.to_grid.to(x.device)((x * self.factor.to(x)[:, None]).transpose(1, 2))
+        """G: [B, K, C] to [B, P, C]."""
+        return torch.einsum("pk,bkc->bpc", self.to_grid.to(x), x)
 
     def back(self, samples: Tensor) -> Tensor:
         """G^-1: the inverse of :meth:`to`."""
-        x = self.from_grid.to(samples.device)(samples).transpose(1, 2)
-        return x * self.factor.to(x)[:, None]
+        return torch.einsum("kp,bpc->bkc", self.from_grid.to(samples), samples)
+
+
+def latitude_weights(cosines: Tensor) -> Tensor:
+    """Weights at which the mean over the latitudes is exact for as many degrees as there are."""
+    legendre = np.polynomial.legendre.legvander(cosines.numpy(), len(cosines) - 1).T
+    wanted = torch.zeros(len(cosines), dtype=torch.float64)
+    wanted[0] = 1  # the mean of P_l over the sphere is 0 for l > 0
+    return torch.linalg.solve(torch.from_numpy(legendre.copy()), wanted)
 
 
 @cache
 def sphere(lmax: int, mmax: int, resolution: int | None) -> Sphere:
-    """Grid with ``resolution`` latitudes and longitudes, or the fewest that resolve lmax, mmax."""
-    longitudes = 2 * mmax + 1 + (2 if mmax == lmax else 0)
-    points = (resolution, resolution) if resolution else (2 * (lmax + 1), longitudes)
-    options = {"normalization": "component", "dtype": torch.float64}
-    return Sphere(
-        o3.ToS2Grid(lmax, points, **options),
-        o3.FromS2Grid(points, lmax, **options),
-        truncation_rescale(lmax, mmax) * kept_orders(lmax, mmax),
-    )
+    """Grid with ``resolution`` latitudes and longitudes, or the fewest that resolve lmax, mmax.
+
+    Samples are sums of harmonics of norm 1, divided by sqrt(lmax + 1).
+    """
+    rows, columns = 2 * (lmax + 1), 2 * mmax + 1 + (2 if mmax == lmax else 0)
+    rows, columns = (resolution, resolution) if resolution else (rows, columns)
+    polar = (torch.arange(rows, dtype=torch.float64) + 0.5) * math.pi / rows
+    azimuth = torch.arange(columns, dtype=torch.float64) * 2 * math.pi / columns
+    points = o3.angles_to_xyz(*torch.meshgrid(azimuth, polar, indexing="ij"))  # [columns, rows, 3]
+    values = harmonics(lmax, points).flatten(0, 1)  # [P, K]
+    weights = latitude_weights(polar.cos()).repeat(columns) / columns  # [P]
+    degrees = torch.arange(lmax + 1, dtype=torch.float64)
+    scale = truncation_rescale(lmax, mmax) * kept_orders(lmax, mmax)
+    to_grid = values * scale / math.sqrt(lmax + 1)
+    from_grid = values * weights[:, None] * per_coefficient(2 * degrees + 1) * scale
+    return Sphere(to_grid, from_grid.t() * math.sqrt(lmax + 1))
 
 
 # Layers
@@ -355,11 +371,11 @@ def feed_forward(x: Tensor, parameters: Parameters, kind: str, grid: Sphere) -> 
     """Fig. 1d; ``kind`` is an activation or, with F a perceptron, [separable\\_]grid_mlp."""
     hidden = equivariant_linear(x, under(parameters, "so3_linear_1."))
     if kind.endswith("grid_mlp"):
-        samples = grid.to(hidden).movedim(1, -1)
+        samples = grid.to(hidden)
         for layer in (0, 2, 4):
             samples = linear(samples, under(parameters, f"grid_mlp.{layer}."))
             samples = F.silu(samples) if layer < 4 else samples
-        hidden = grid.back(samples.movedim(-1, 1))
+        hidden = grid.back(samples)
         if kind == "separable_grid_mlp":
             scalars = F.silu(linear(x[:, :1], under(parameters, "scalar_mlp.0.")))
             hidden = torch.cat([scalars, hidden[:, 1:]], dim=1)
