@@ -223,6 +223,24 @@ class _Layer:
         return (values.to(alpha.dtype).view(shape) * alpha[:, None, :, None]).flatten(2)
 
 
+class _Convolutions(NamedTuple):
+    """Weights and biases of the SO(2) layers, in the dtype of the matrix products."""
+
+    first: list[Tensor]
+    first_bias: Tensor
+    second: list[Tensor]
+    second_bias: Tensor
+
+    @classmethod
+    def of(cls, weights: AttentionWeights, dtype: torch.dtype) -> _Convolutions:
+        return cls(
+            [weight.detach().to(dtype) for weight in weights.conv_1],
+            weights.conv_1_bias.detach().to(dtype),
+            [weight.detach().to(dtype) for weight in weights.conv_2],
+            weights.conv_2_bias.detach().to(dtype),
+        )
+
+
 def _forward(
     layer: _Layer, x: Tensor, weights: AttentionWeights, mask: Tensor | None, kept: Tensor | None
 ) -> Tensor:
@@ -231,21 +249,19 @@ def _forward(
     channels = spec.num_heads * spec.value_channels
     out = x.new_empty(layer.edges.num_rows, out_layout.num_coefficients, channels)
     rescale = layer.rescale(x)
-    conv_1 = [weight.to(layer.dtype) for weight in weights.conv_1]
-    conv_2 = [weight.to(layer.dtype) for weight in weights.conv_2]
-    bias_1, bias_2 = weights.conv_1_bias.to(layer.dtype), weights.conv_2_bias.to(layer.dtype)
+    conv = _Convolutions.of(weights, layer.dtype)
     for chunk in layer.edges.chunks:
         radial = layer.radial(chunk, weights.radial, x.shape[2])
         message = layer.message(x, chunk, radial)
         frames = message.frames
-        hidden = so2_linear(message.scaled, conv_1, bias_1)
+        hidden = so2_linear(message.scaled, conv.first, conv.first_bias)
         if kept is not None:
             kept[chunk.edges] = hidden
         features, logits = activate(hidden, spec, weights, layer.edges.layout)
         alpha = segment_softmax(logits, frames.target, frames.num_nodes)
         if mask is not None:
             alpha = alpha * mask[chunk.edges]
-        values = layer.weighted(so2_linear(features, conv_2, bias_2), alpha)
+        values = layer.weighted(so2_linear(features, conv.second, conv.second_bias), alpha)
         out[chunk.rows] = rotate_back_and_sum(values, layer.out_frames(frames), rescale)
     return out
 
@@ -273,80 +289,116 @@ class _EdgeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, x, kept, *tensors = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            x_grad, grads = _backward(ctx.layer, ctx.num_conv_1, mask, x, kept, tensors, grad)
-        return None, None, None, x_grad, *grads
+            backward = _Backward(ctx.layer, ctx.num_conv_1, x, tensors)
+            for chunk in ctx.layer.edges.chunks:
+                chunk_mask = None if mask is None else mask[chunk.edges]
+                backward.add(chunk, grad[chunk.rows], kept[chunk.edges], chunk_mask)
+        return None, None, None, backward.x_grad, *backward.sums
 
 
-def _backward(
-    layer: _Layer,
-    num_conv_1: int,
-    mask: Tensor | None,
-    x: Tensor,
-    kept: Tensor,
-    tensors: Sequence[Tensor | None],
-    grad: Tensor,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of the node features and of the flattened weights, chunk by chunk."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    weights = AttentionWeights.unflatten(leaves, num_conv_1)
-    total = [None if t is None else torch.zeros_like(t) for t in tensors]
-    total_weights = AttentionWeights.unflatten(total, num_conv_1)
-    x_grad = torch.zeros_like(x)
-    rescale = layer.rescale(x)
-    conv_1 = [weight.detach().to(layer.dtype) for weight in weights.conv_1]
-    conv_2 = [weight.detach().to(layer.dtype) for weight in weights.conv_2]
-    conv_1_grads = [torch.zeros_like(weight) for weight in conv_1]
-    conv_2_grads = [torch.zeros_like(weight) for weight in conv_2]
-    bias_2 = weights.conv_2_bias.detach().to(layer.dtype)
-    alpha_leaves = [*(weights.alpha_norm or ()), weights.alpha_dot]
-    alpha_totals = [*(total_weights.alpha_norm or ()), total_weights.alpha_dot]
-    radial_leaves = [t for t in weights.radial if t is not None]
-    radial_totals = [t for t in total_weights.radial if t is not None]
-    for chunk in layer.edges.chunks:
+class _Backward:
+    """Gradients of one call, added up chunk by chunk."""
+
+    def __init__(
+        self, layer: _Layer, num_conv_1: int, x: Tensor, tensors: Sequence[Tensor | None]
+    ) -> None:
+        self.layer = layer
+        self.x = x
+        self.x_grad = torch.zeros_like(x)
+        self.sums = [None if t is None else torch.zeros_like(t) for t in tensors]
+        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        self._sums = AttentionWeights.unflatten(self.sums, num_conv_1)
+        self._weights = AttentionWeights.unflatten(leaves, num_conv_1)
+        self._conv = _Convolutions.of(self._weights, layer.dtype)
+        self._rescale = layer.rescale(x)
+
+    def add(self, chunk: Chunk, grad: Tensor, hidden: Tensor, mask: Tensor | None) -> None:
+        """Add what one chunk contributes.
+
+        Args:
+            grad: [n, K, channels], gradient of the chunk's result.
+            hidden: [e, ...], the first SO(2) layer's output.
+            mask: [e, heads] or None.
+        """
+        layer, weights, conv = self.layer, self._weights, self._conv
         with torch.enable_grad():
-            radial = layer.radial(chunk, weights.radial, x.shape[2])
-            hidden = kept[chunk.edges].detach().requires_grad_()
+            radial = layer.radial(chunk, weights.radial, self.x.shape[2])
+            hidden = hidden.detach().requires_grad_()
             features, logits = activate(hidden, layer.spec, weights, layer.edges.layout)
-        message = layer.message(x, chunk, radial.detach())
-        frames = message.frames
-        out_frames = layer.out_frames(frames)
-        alpha = segment_softmax(logits.detach(), frames.target, frames.num_nodes)
-        kept_alpha = alpha if mask is None else alpha * mask[chunk.edges]
-
-        # Sum over edges and product with alpha.
-        turned = rotate_back_and_sum_backward(grad[chunk.rows], out_frames, rescale)
-        values = so2_linear(features.detach(), conv_2, bias_2).to(turned.dtype)
-        per_head = (len(values), -1, layer.spec.num_heads, layer.spec.value_channels)
-        alpha_grad = (values.view(per_head) * turned.view(per_head)).sum((1, 3))
-        values_grad = layer.weighted(turned.flatten(1), kept_alpha).flatten(1).to(layer.dtype)
-
-        # Softmax.
-        if mask is not None:
-            alpha_grad = alpha_grad * mask[chunk.edges]
-        flow = alpha * alpha_grad
-        mean = segment_sum(flow, frames.target, frames.num_nodes)
-        logits_grad = flow - alpha * mean[frames.target]
-
-        # Second SO(2) layer, activation, first SO(2) layer.
-        features_grad = so2_linear_backward(values_grad, features.detach(), conv_2, conv_2_grads)
-        total_weights.conv_2_bias.add_(values_grad[:, : len(bias_2)].sum(0))
-        hidden_grad, *alpha_grads = torch.autograd.grad(
-            (features, logits), (hidden, *alpha_leaves), (features_grad, logits_grad)
+        message = layer.message(self.x, chunk, radial.detach())
+        values = so2_linear(features.detach(), conv.second, conv.second_bias)
+        values_grad, logits_grad = self._weighting(message.frames, grad, values, logits, mask)
+        features_grad = self._linear(
+            values_grad, features.detach(), conv.second, self._sums.conv_2, self._sums.conv_2_bias
         )
-        scaled_grad = so2_linear_backward(hidden_grad, message.scaled, conv_1, conv_1_grads)
-        total_weights.conv_1_bias.add_(hidden_grad[:, : len(weights.conv_1_bias)].sum(0))
+        hidden_grad = self._differentiate(
+            (features, logits),
+            (features_grad, logits_grad),
+            (*(weights.alpha_norm or ()), weights.alpha_dot),
+            (*(self._sums.alpha_norm or ()), self._sums.alpha_dot),
+            hidden,
+        )
+        scaled_grad = self._linear(
+            hidden_grad, message.scaled, conv.first, self._sums.conv_1, self._sums.conv_1_bias
+        )
+        radial_grad = layer.message_backward(scaled_grad, message, self.x_grad)
+        self._differentiate((radial,), (radial_grad,), weights.radial, self._sums.radial)
 
-        # Radial weights, rotation, gather.
-        radial_grad = layer.message_backward(scaled_grad, message, x_grad)
-        radial_grads = torch.autograd.grad(radial, radial_leaves, radial_grad)
-        for sums, parts in ((alpha_totals, alpha_grads), (radial_totals, radial_grads)):
-            for one, part in zip(sums, parts, strict=True):
-                one.add_(part)
-    for one, part in zip(
-        (*total_weights.conv_1, *total_weights.conv_2), (*conv_1_grads, *conv_2_grads), strict=True
-    ):
-        one.copy_(part)
-    return x_grad, total
+    def _weighting(
+        self,
+        frames: ChunkFrames,
+        grad: Tensor,
+        values: Tensor,
+        logits: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Backward of softmax, product with the values, and sum: gradients of values and logits."""
+        layer = self.layer
+        alpha = segment_softmax(logits.detach(), frames.target, frames.num_nodes)
+        turned = rotate_back_and_sum_backward(grad, layer.out_frames(frames), self._rescale)
+        per_head = (len(values), -1, layer.spec.num_heads, layer.spec.value_channels)
+        alpha_grad = (values.to(turned.dtype).view(per_head) * turned.view(per_head)).sum((1, 3))
+        factor = alpha
+        if mask is not None:
+            factor, alpha_grad = alpha * mask, alpha_grad * mask
+        values_grad = layer.weighted(turned.flatten(1), factor).flatten(1)
+        flow = alpha * alpha_grad
+        total = segment_sum(flow, frames.target, frames.num_nodes)
+        return values_grad.to(layer.dtype), flow - alpha * total[frames.target]
+
+    def _linear(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        sums: Sequence[Tensor],
+        bias_sum: Tensor,
+    ) -> Tensor:
+        """Backward of an SO(2) layer: add to the sums, return the gradient of its input."""
+        bias_sum += grad[:, : len(bias_sum)].sum(0)
+        if grad.dtype == bias_sum.dtype:
+            return so2_linear_backward(grad, x, weights, sums)
+        parts = [torch.zeros_like(weight) for weight in weights]
+        x_grad = so2_linear_backward(grad, x, weights, parts)
+        for total, part in zip(sums, parts, strict=True):
+            total.add_(part)
+        return x_grad
+
+    @staticmethod
+    def _differentiate(
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        leaves: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None],
+        *inputs: Tensor,
+    ) -> Tensor:
+        """Backward by autograd: add to the sums of the leaves, return the gradient of the input."""
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        totals = [total for total in sums if total is not None]
+        parts = torch.autograd.grad(outputs, [*wanted, *inputs], grads)
+        for total, part in zip(totals, parts, strict=False):
+            total.add_(part)
+        return parts[-1]
 
 
 def edge_attention(
