@@ -31,14 +31,14 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.plot import draw_scaling
 from benchmarks.spec import CLASSES, TASKS, Spec
+from benchmarks.table import WIDTH, Record, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,8 +52,6 @@ CONFIGS = {
     "153M": ROOT / "configs/oc20/all_md/eqv2_153M.yml",
 }
 EDGE_VECTOR_RESOLUTION = 0.01  # Angstrom: far above rounding, far below the rattled atoms' spread
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,9 @@ def measure_row(
 ) -> dict[str, Record]:
     """Return one record for each implementation, over all rounds.
 
-    Each record has ``difference``, from the first implementation's first round, and the first
-    implementation's has ``spread``, between its own rounds: the stock model draws a random roll
-    of its edge frames at every call.
+    Each record has ``difference``, from the first implementation's results, and the first
+    implementation's has ``spread``, between two rounds of its own: the stock model draws a random
+    roll of its edge frames at every call.
     """
     with tempfile.TemporaryDirectory() as folder:
         template = Spec(
@@ -161,12 +159,14 @@ def measure_row(
 
         records = {name: summary(rounds[name]) for name in names}
         reference = Path(folder) / f"{names[0]}-0.pt"
-        for name in names:
-            if "failure" not in records[names[0]] | records[name]:
-                number = options.rounds - 1 if name == names[0] else 0
-                key = "spread" if name == names[0] else "difference"
-                results = Path(folder) / f"{name}-{number}.pt"
-                records[name][key] = difference(load(results), load(reference))
+        if "failure" not in records[names[0]]:
+            for name in names[1:]:
+                if "failure" not in records[name]:
+                    results = Path(folder) / f"{name}-0.pt"
+                    records[name]["difference"] = difference(load(results), load(reference))
+            if options.rounds > 1:
+                results = Path(folder) / f"{names[0]}-1.pt"
+                records[names[0]]["spread"] = difference(load(results), load(reference))
     return records
 
 
@@ -229,41 +229,6 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def table(rows: Sequence[tuple[Row, dict[str, Record]]]) -> Table:
-    """Return the table to print; ratios are the first implementation's figure over this one's."""
-    result = Table(title="Ratios: how many times less than the first")
-    for heading in ("work", "model", "atoms", "by"):
-        result.add_column(heading)
-    for heading in ("time / s", "ratio", "peak / MB", "ratio", "kept / MB", "ratio"):
-        result.add_column(heading, justify="right")
-    for heading in ("GFLOP", "GEMM share", "difference"):
-        result.add_column(heading, justify="right")
-    for row, records in rows:
-        first = next(iter(records.values()))
-        atoms = f"{row.copies} x {row.atoms}" if row.copies > 1 else f"{row.atoms}"
-        for name, record in records.items():
-            result.add_row(row.task, row.model, atoms, name, *cells(record, first))
-        result.add_section()
-    return result
-
-
-def cells(record: Record, first: Record) -> list[str]:
-    """Return the figures of one implementation, as :func:`table` has them."""
-    if "failure" in record:
-        return [record["failure"]]
-    figures = []
-    for key, unit in (("seconds", 1.0), ("peak_bytes", 1e6), ("saved_bytes", 1e6)):
-        value, reference = record.get(key), first.get(key)
-        figures.append(f"{value / unit:.4g}" if value is not None else "")
-        figures.append(f"{reference / value:.1f}" if reference and value else "")
-    share = f"{record['gemm_share']:.0%}"
-    if "over_forward" in record:
-        share += f" ({record['over_forward']:+.0%} over forward)"
-    errors = record.get("difference", record.get("spread", {}))
-    worst = f"{max(errors.values()):.1e}" if errors else ""
-    return [*figures, f"{record['flop'] / 1e9:.4g}", share, worst]
-
-
 def size(text: str) -> tuple[int, int]:
     """Parse ``45`` or ``4x45`` as (copies, atoms)."""
     copies, _, atoms = text.rpartition("x")
@@ -300,28 +265,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[tuple[Row, dict[str, Record]]]:
-    """Measure, print, write and return all rows."""
+def main(arguments: Sequence[str] | None = None) -> list[Record]:
+    """Measure, print and write all rows; return the lines written."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     ledger = options.out / "results.jsonl"
     about = environment(options)
-    rows = []
+    lines: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, model in enumerate(options.models):
+            config = CONFIGS.get(model, Path(model))
             weights = Path(folder) / f"weights-{number}.pt"
             for task, (copies, atoms) in itertools.product(options.tasks, options.sizes):
                 row = Row(task, Path(model).stem, atoms, copies)
-                records = measure_row(row, CONFIGS.get(model, Path(model)), weights, options)
-                rows.append((row, records))
+                records = measure_row(row, config, weights, options)
+                new = [
+                    asdict(row) | {"implementation": name} | record | about
+                    for name, record in records.items()
+                ]
                 with ledger.open("a") as file:
-                    for name, record in records.items():
-                        line = asdict(row) | {"implementation": name} | record | about
-                        file.write(json.dumps(line) + "\n")
-    Console(width=150).print(table(rows))
+                    file.writelines(json.dumps(line) + "\n" for line in new)
+                lines += new
+    Console(width=WIDTH).print(table(lines))
     if len(options.sizes) > 1:
         print(f"figures: {ledger}\npicture: {draw_scaling(ledger, options.out / 'scaling.png')}")
-    return rows
+    return lines
 
 
 if __name__ == "__main__":

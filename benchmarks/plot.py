@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+
+from benchmarks.table import read_ledger
 
 COLORS = {"stock": "tab:gray", "ours": "tab:blue"}
 MARKERS = {"inference": "o", "training": "s", "neighbors": "^", "relaxation": "v"}
@@ -28,8 +29,7 @@ def draw_scaling(ledger: Path, picture: Path) -> Path:
         ``picture``.
     """
     points: dict[tuple[str, str, str], dict[int, tuple[float, float]]] = defaultdict(dict)
-    for line in ledger.read_text().splitlines():
-        record = json.loads(line)
+    for record in read_ledger(ledger):
         if record["copies"] == 1 and "failure" not in record:
             curve = record["task"], record["model"], record["implementation"]
             figures = record["seconds"], record["peak_bytes"] / 1e9

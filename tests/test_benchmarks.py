@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare
-from benchmarks.measure import batch_of, saved_for_backward, slab
+from benchmarks.measure import CountFlop, batch_of, saved_for_backward, slab
 from benchmarks.plot import draw_scaling
+from benchmarks.table import cells, read_ledger
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,10 +51,10 @@ def tiny(tmp_path: Path) -> Path:
 def test_ours_equals_stock_in_less_memory(tiny: Path, tmp_path: Path) -> None:
     command = ["--tasks", "training", "--models", str(tiny), "--sizes", "2x45"]
     quick = ["--rounds", "1", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)]
-    [(row, records)] = compare.main([*command, *quick])
-    stock, ours = records["stock"], records["ours"]
+    stock, ours = compare.main([*command, *quick])
 
-    assert (row.copies, ours["atoms"]) == (2, 45)
+    assert (stock["implementation"], ours["implementation"]) == ("stock", "ours")
+    assert (ours["copies"], ours["atoms"]) == (2, 45)
     assert set(ours["difference"]) == {"energy", "forces", "gradient"}
     assert ours["difference"]["energy"] < 1e-5
     assert ours["difference"]["forces"] < 1e-5
@@ -61,16 +63,16 @@ def test_ours_equals_stock_in_less_memory(tiny: Path, tmp_path: Path) -> None:
     assert stock["saved_bytes"] > 2 * ours["saved_bytes"]
     assert 0 < ours["flop"] < stock["flop"]
 
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["implementation"] for line in lines] == ["stock", "ours"]
-    assert all(line["torch"] == torch.__version__.partition("+")[0] for line in lines)
+    assert ours["torch"] == torch.__version__.partition("+")[0]
+    assert read_ledger(tmp_path / "results.jsonl") == [stock, ours]
 
 
 def test_what_does_not_fit_is_a_row_of_the_table(tiny: Path, tmp_path: Path) -> None:
     command = ["--tasks", "neighbors", "--models", str(tiny), "--sizes", "1609"]
     limited = ["--memory", "3", "--implementations", "stock", "--out", str(tmp_path)]
-    [(_, records)] = compare.main([*command, *limited])
-    assert records == {"stock": {"failure": "out of memory"}}
+    [record] = compare.main([*command, *limited])
+    assert record["failure"] == "out of memory"
+    assert "seconds" not in record
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +89,8 @@ def test_a_child_that_takes_too_long_is_a_row_of_the_table(
         raise TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(compare.subprocess, "run", run)
-    [(_, records)] = compare.main(["--sizes", "45", "--timeout", "60", "--out", str(tmp_path)])
-    assert records == {"stock": {"failure": "over 60 s"}, "ours": {"failure": "over 60 s"}}
+    records = compare.main(["--sizes", "45", "--timeout", "60", "--out", str(tmp_path)])
+    assert [record["failure"] for record in records] == ["over 60 s", "over 60 s"]
 
 
 @pytest.mark.parametrize("atoms", [45, 153, 409, 1609])
@@ -126,14 +128,43 @@ def test_edges_are_compared_whatever_their_order() -> None:
     assert compare.difference(shuffled, edges) == {"edges": 2.0}
 
 
-def test_scaling_picture(tmp_path: Path) -> None:
-    ledger = tmp_path / "results.jsonl"
-    common = {"task": "inference", "model": "31M", "copies": 1}
+def test_flops_are_those_that_torch_counts() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+    x = torch.randn(3, 5, 8)
+    with CountFlop() as counted, FlopCounterMode(display=False) as expected:
+        (model(x) @ torch.randn(3, 4, 2)).sum().backward()
+    assert counted.flop == expected.get_total_flops()
+
+
+def test_ratios_are_of_the_first_implementation() -> None:
+    stock = {"seconds": 6.0, "peak_bytes": 10**9, "flop": 3e9, "gemm_share": 0.2, "spread": {}}
+    ours = stock | {"seconds": 2.0, "peak_bytes": 10**8, "difference": {"energy": 1e-7, "f": 2e-6}}
+    assert cells(ours, stock) == ["2", "3.0", "100", "10.0", "", "", "3", "20%", "2.0e-06"]
+    assert cells(ours, {"failure": "out of memory"})[:4] == ["2", "", "100", ""]
+    assert cells({"failure": "over 60 s"}, stock) == ["over 60 s"]
+
+
+def test_a_repeated_measurement_replaces_the_older_one(ledger: Path) -> None:
+    records = read_ledger(ledger)
+    newer = records[0] | {"seconds": 0.5}
+    with ledger.open("a") as file:
+        file.write(json.dumps(newer) + "\n")
+    assert read_ledger(ledger) == [newer, *records[1:]]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    file = tmp_path / "results.jsonl"
+    common = {"task": "inference", "model": "31M", "copies": 1, "device": "cpu", "threads": 2}
     records = [
         {"implementation": "ours", "atoms": 45, "seconds": 1.0, "peak_bytes": 10**8},
         {"implementation": "ours", "atoms": 409, "seconds": 9.0, "peak_bytes": 10**8},
         {"implementation": "stock", "atoms": 409, "failure": "out of memory"},
     ]
-    ledger.write_text("".join(json.dumps(common | record) + "\n" for record in records))
+    file.write_text("".join(json.dumps(common | record) + "\n" for record in records))
+    return file
+
+
+def test_scaling_picture(ledger: Path, tmp_path: Path) -> None:
     picture = draw_scaling(ledger, tmp_path / "scaling.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
