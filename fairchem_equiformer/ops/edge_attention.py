@@ -165,7 +165,7 @@ class _Layer:
 
     def radial(self, chunk: Chunk, weights: RadialWeights, channels: int) -> Tensor:
         out = radial_function(self.edges.scalars.of(chunk.edges), weights, self.basis)
-        return out.view(len(out), -1, 2 * channels)
+        return out.unflatten(1, (-1, 2 * channels))
 
     def message(self, x: Tensor, chunk: Chunk, radial: Tensor) -> _Message:
         frames = self.frames(chunk)
@@ -219,8 +219,8 @@ class _Layer:
 
     def weighted(self, values: Tensor, alpha: Tensor) -> Tensor:
         """alpha * v: [e, S heads value_channels] and [e, heads] to [e, S, heads value_channels]."""
-        shape = (len(values), -1, self.spec.num_heads, self.spec.value_channels)
-        return (values.to(alpha.dtype).view(shape) * alpha[:, None, :, None]).flatten(2)
+        per_head = values.unflatten(1, (-1, self.spec.num_heads, self.spec.value_channels))
+        return (per_head.to(alpha.dtype) * alpha[:, None, :, None]).flatten(2)
 
 
 class _Convolutions(NamedTuple):
@@ -356,8 +356,9 @@ class _Backward:
         layer = self.layer
         alpha = segment_softmax(logits.detach(), frames.target, frames.num_nodes)
         turned = rotate_back_and_sum_backward(grad, layer.out_frames(frames), self._rescale)
-        per_head = (len(values), -1, layer.spec.num_heads, layer.spec.value_channels)
-        alpha_grad = (values.to(turned.dtype).view(per_head) * turned.view(per_head)).sum((1, 3))
+        per_head = (-1, layer.spec.num_heads, layer.spec.value_channels)
+        by_head = values.to(turned.dtype).unflatten(1, per_head)
+        alpha_grad = (by_head * turned.flatten(1).unflatten(1, per_head)).sum((1, 3))
         factor = alpha
         if mask is not None:
             factor, alpha_grad = alpha * mask, alpha_grad * mask

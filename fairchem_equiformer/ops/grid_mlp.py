@@ -48,7 +48,7 @@ class _GridMLP(torch.autograd.Function):
 
 def _mix(samples: Tensor, matrix: Tensor) -> Tensor:
     """Channels of all points times one matrix: [n, P, C] and [C, D] to [n, P, D]."""
-    return torch.mm(samples.flatten(0, 1), matrix).view(*samples.shape[:2], -1)
+    return torch.mm(samples.flatten(0, 1), matrix).view(*samples.shape[:2], matrix.shape[1])
 
 
 def _pieces(x: Tensor, to_grid: Tensor) -> list[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     Returns:
         [S, ...].
     """
-    flat = values.reshape(len(values), -1)
+    flat = values.reshape(len(values), math.prod(values.shape[1:]))
     if values.is_cuda and len(values):  # index_add_ uses atomics there, in no fixed order
         lengths = torch.bincount(segment, minlength=num_segments)
         total = torch.segment_reduce(flat, "sum", lengths=lengths)

@@ -34,7 +34,7 @@ class _SO3Linear(torch.autograd.Function):
 
 def _mm(x: Tensor, matrix: Tensor) -> Tensor:
     """[N, M, C] times [C, D], by one product whether or not a gradient is wanted."""
-    return torch.mm(x.flatten(0, 1), matrix).view(*x.shape[:2], -1)
+    return torch.mm(x.flatten(0, 1), matrix).view(*x.shape[:2], matrix.shape[1])
 
 
 def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
