@@ -1,0 +1,371 @@
+"""The demo: data, training, validation, predictions, relaxations and EvalAI files, checked.
+
+    python examples/emt/run.py
+
+Every step is a command that can be run by hand, and is printed; its full output is in a log file.
+All results of a run are in one folder below ``examples/emt/runs``. The data are made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import report
+import submission
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CONFIG = HERE / "eqv2_emt.yml"
+GOAL = 3.0  # times better than the constant predictor, force MAE on unseen structures
+QUICK_OPTIONS = ["--optim.max_epochs=1", "--task.relaxation_steps=3"]
+LEARNING_CURVE, PARITY = "learning_curve.png", "parity.png"
+ECHO_SECONDS = 5.0  # between lines of progress, where they cannot overwrite each other
+
+
+class StepError(Exception):
+    """A step of the demo failed; the message says which, and where to look."""
+
+
+@dataclass
+class Demo:
+    """One run: where it writes, and what its commands have in common."""
+
+    folder: Path
+    data: Path
+    quick: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def step(self, name: str, command: Sequence[str | Path]) -> str:
+        """Run a command, show a digest of its output and return the whole output.
+
+        Raises:
+            StepError: it ended with an error.
+        """
+        words = [str(word) for word in command]
+        log = self.folder / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"\n== {name}\n{shlex.join(_readable(word) for word in words)}", flush=True)
+        start = time.monotonic()
+        status = _stream(words, log)
+        self.seconds[name] = time.monotonic() - start
+        output = log.read_text()
+        if status != 0:
+            tail = "\n".join(output.splitlines()[-15:])
+            raise StepError(
+                f"step `{name}` ended with status {status}\n  command: {shlex.join(words)}\n"
+                f"  log:     {log}, which ends with\n{tail}"
+            )
+        return output
+
+    def fairchem(self, name: str, mode: str, *options: str, weights: Path | None = None) -> str:
+        """Run `fairchem main` on the demo's config; its results go to folders called `name`."""
+        command: list[str | Path] = [*_fairchem(), "main", "--mode", mode, "--config-yml", CONFIG]
+        command += ["--run-dir", self.folder, "--timestamp-id", name]
+        if weights is not None:
+            command += ["--checkpoint", weights]
+        if not torch.cuda.is_available():
+            command.append("--cpu")
+        command += [f"--dataset.train.src={self.data / 's2ef/train'}"]
+        command += [f"--dataset.val.src={self.data / 's2ef/val_id'}"]
+        command += QUICK_OPTIONS if self.quick else []
+        return self.step(name, [*command, *options])
+
+    def produced(self, step: str, path: Path) -> Path:
+        """Return `path`, which a step must have written.
+
+        Raises:
+            StepError: it is not there.
+        """
+        if not path.exists():
+            raise StepError(f"step `{step}` ended well but wrote no {path}")
+        return path
+
+    def checkpoint(self, step: str) -> Path:
+        """Weights of the best validation of a training step."""
+        return self.produced(step, self.folder / "checkpoints" / step / "best_checkpoint.pt")
+
+
+def generate(demo: Demo) -> None:
+    """Make the data, unless they are there."""
+    quick = ["--quick"] if demo.quick else []
+    demo.step("generate", [sys.executable, HERE / "generate.py", "--out", demo.data, *quick])
+
+
+def measure_untrained(demo: Demo) -> report.Errors:
+    """Validate the initial weights: one epoch on a few structures at learning rate zero."""
+    options = ["--optim.lr_initial=0.0", "--optim.max_epochs=1"]
+    output = demo.fairchem(
+        "untrained", "train", "--dataset.train.train_split_settings.first_n=8", *options
+    )
+    return validation_errors(output)
+
+
+def train(demo: Demo) -> Path:
+    """Train and return the best checkpoint."""
+    demo.fairchem("train", "train")
+    return demo.checkpoint("train")
+
+
+def validate(demo: Demo, weights: Path) -> report.Errors:
+    """Validate the trained model on unseen structures of known catalysts and adsorbates."""
+    return validation_errors(demo.fairchem("validate", "validate", weights=weights))
+
+
+def predict(demo: Demo, weights: Path) -> dict[str, Path]:
+    """Predict the four S2EF test sets and return the files of predictions."""
+    files = {}
+    for split in submission.SPLITS:
+        name = f"predict_{split}"
+        source = demo.data / "s2ef" / f"test_{split}"
+        demo.fairchem(name, "predict", f"--dataset.test.src={source}", weights=weights)
+        results = demo.folder / "results" / name
+        files[split] = demo.produced(name, results / "s2ef_predictions.npz")
+    return files
+
+
+def relax(demo: Demo, weights: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Relax the four IS2RE test sets; return folders of trajectories and files of positions."""
+    trajectories, positions = {}, {}
+    for split in submission.SPLITS:
+        name = f"relax_{split}"
+        trajectories[split] = demo.folder / "relaxations" / split
+        demo.fairchem(
+            name,
+            "run-relaxations",
+            f"--dataset.relax.src={demo.data / 'is2re' / f'test_{split}'}",
+            f"--task.relax_opt.traj_dir={trajectories[split]}",
+            weights=weights,
+        )
+        results = demo.folder / "results" / name
+        positions[split] = demo.produced(name, results / "relaxed_positions.npz")
+    return trajectories, positions
+
+
+def submit(demo: Demo, task: str, sources: dict[str, Path]) -> Path:
+    """Make the EvalAI file of a task with fairchem's script and check it.
+
+    Raises:
+        StepError: the script failed, or the server would not take the file.
+    """
+    kind = "s2ef" if task == "S2EF" else "is2re"
+    path = demo.folder / "submissions" / f"{task.lower()}.npz"
+    path.parent.mkdir(exist_ok=True)
+    demo.step(f"submit_{task.lower()}", submission.script_command(task, sources, path))
+    rows = {}
+    for split in submission.SPLITS:
+        examples = report.read_dataset(demo.data / kind / f"test_{split}")
+        rows[split] = {
+            f"{data.sid}_{data.fid}" if task == "S2EF" else str(data.sid): (
+                int((data.fixed == 0).sum()) if task == "S2EF" else data.natoms
+            )
+            for data in examples
+        }
+    try:
+        if "energy" in submission.PROPERTIES[task]:
+            submission.flatten_energies(path)
+        submission.check(path, task, rows)
+    except submission.SubmissionError as error:
+        raise StepError(f"step `submit_{task.lower()}`: {error}") from error
+    print(f"{_readable(str(path))} is complete: {sum(map(len, rows.values()))} ids")
+    return path
+
+
+def report_run(
+    demo: Demo,
+    errors: Mapping[str, report.Errors],
+    predicted: Mapping[str, Path],
+    trajectories: Mapping[str, Path],
+) -> str:
+    """Score the run and draw its pictures.
+
+    Args:
+        demo: the run.
+        errors: on the validation set, of the model "untrained" and "trained".
+        predicted: of each test set the file of predictions.
+        trajectories: of each test set the folder of relaxations.
+
+    Returns:
+        The tables, for people to read.
+
+    Raises:
+        StepError: the trained model is not ``GOAL`` times better than the constant predictor.
+    """
+    s2ef, is2re = demo.data / "s2ef", demo.data / "is2re"
+    train = report.labels(report.read_dataset(s2ef / "train"))
+    true = report.labels(report.read_dataset(s2ef / "val_id"))
+    constant = report.errors(report.constant(train, true), true)
+    scores = [report.Score("val_id", constant, errors["trained"], errors["untrained"])]
+    pairs = {}
+    for split, path in predicted.items():
+        examples = report.read_dataset(s2ef / f"test_{split}")
+        true, made = report.labels(examples), report.predictions(path, examples)
+        pairs[split] = made, true
+        constant = report.errors(report.constant(train, true), true)
+        scores.append(report.Score(f"test_{split}", constant, report.errors(made, true)))
+    report.plot_learning_curve(
+        demo.folder / "logs/tensorboard/train", scores[0].constant, demo.folder / LEARNING_CURVE
+    )
+    report.plot_parity(pairs, demo.folder / PARITY)
+
+    systems = report.read_dataset(is2re / "train")
+    relaxed = {
+        f"test_{split}": report.relaxation_errors(
+            folder, report.read_dataset(is2re / f"test_{split}"), systems
+        )
+        for split, folder in trajectories.items()
+    }
+    known = min(score.better for score in scores if score.name in ("val_id", "test_id"))
+    if known < GOAL and not demo.quick:
+        raise StepError(
+            f"step `report`: the force error is {known:.1f} times smaller than the constant "
+            f"predictor's, and should be {GOAL:.0f} times:\n\n{report.score_table(scores)}"
+        )
+    return f"{report.score_table(scores)}\n\n{report.relaxation_table(relaxed)}"
+
+
+def run(demo: Demo) -> None:
+    """Do all steps and print what came out of them.
+
+    Raises:
+        StepError: a step failed.
+    """
+    generate(demo)
+    untrained = measure_untrained(demo)
+    weights = train(demo)
+    trained = validate(demo, weights)
+    predicted = predict(demo, weights)
+    trajectories, positions = relax(demo, weights)
+    files = [
+        submit(demo, "S2EF", predicted),
+        submit(demo, "IS2RE", trajectories),
+        submit(demo, "IS2RS", positions),
+    ]
+    errors = {"untrained": untrained, "trained": trained}
+    tables = report_run(demo, errors, predicted, trajectories)
+    files += [demo.folder / LEARNING_CURVE, demo.folder / PARITY, weights]
+    seconds = "\n".join(f"{time:6.0f} s  {name}" for name, time in demo.seconds.items())
+    listing = "\n".join(
+        f"{path.stat().st_size / 1e3:8.0f} kB  {_readable(str(path))}" for path in files
+    )
+    total = sum(demo.seconds.values())
+    summary = (
+        f"\n{tables}\n\nFiles written\n{listing}\n\n"
+        f"Time of each step, {total:.0f} s in all\n{seconds}\n"
+    )
+    (demo.folder / "summary.txt").write_text(summary.lstrip())
+    print(summary)
+
+
+def validation_errors(output: str) -> report.Errors:
+    """Read the last validation from fairchem's output.
+
+    Raises:
+        StepError: there is none.
+    """
+    # Training prints its metrics as 1.23e-01, validation as 0.1234.
+    found = re.findall(r"energy_mae: (\d+\.\d+), forces_mae: (\d+\.\d+),", output)
+    if not found:
+        raise StepError("fairchem's output has no line with `energy_mae` and `forces_mae`")
+    return report.Errors(*(float(value) for value in found[-1]))
+
+
+def digest(line: str) -> tuple[str, bool]:
+    """Shorten a line of output to what tells of progress, or to nothing.
+
+    Returns:
+        The text, and whether it is worth keeping on the screen.
+    """
+    line = re.sub(r"^[\d-]+ [\d:]+ \S+:\d+: \(\w+\): ", "", line.strip())
+    metrics = dict(re.findall(r"(\w+): (-?[\d.]+(?:e[+-]\d+)?)(?:,|$)", line))
+    if {"epoch", "energy_mae", "forces_mae"} <= metrics.keys():
+        text = "force MAE {:.0f} meV/Å, energy MAE {:.0f} meV".format(
+            *(1e3 * float(metrics[key]) for key in ("forces_mae", "energy_mae"))
+        )
+        if "step" in metrics:
+            return (
+                f"step {float(metrics['step']):.0f}, epoch {float(metrics['epoch']):.2f}: {text}",
+                False,
+            )
+        return f"validation: {text}", True
+    if bar := re.match(r"(?:(.+): +)?(\d+)%\|.*\| (\d+/\d+) \[", line):
+        return f"{bar[1] or 'batch'} {bar[3]}", False
+    if re.fullmatch(r"\d+( \d+\.\d{3})+", line):
+        step, *forces = line.split()
+        return f"relaxation step {step}, largest force {max(map(float, forces)):.2f} eV/Å", False
+    return "", False
+
+
+def _stream(words: Sequence[str], log: Path) -> int:
+    """Run a command, copy its output to a file, show a digest and return its exit status."""
+    on_screen = sys.stdout.isatty()
+    shown = 0.0
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            file.write(line)
+            text, keep = digest(line)
+            if not text:
+                continue
+            if keep:
+                print(f"\r\033[K   {text}" if on_screen else f"   {text}", flush=True)
+            elif on_screen:
+                print(f"\r\033[K   {text}", end="", flush=True)
+            elif time.monotonic() - shown > ECHO_SECONDS:
+                shown = time.monotonic()
+                print(f"   {text}", flush=True)
+    if on_screen:
+        print("\r\033[K", end="")
+    return process.returncode
+
+
+def _fairchem() -> list[str]:
+    """The `fairchem` command beside this Python, or the module that it calls."""
+    command = Path(sys.executable).with_name("fairchem")
+    if command.exists() and "fairchem_equiformer" in command.read_text(errors="ignore"):
+        return [str(command)]
+    return [sys.executable, "-m", "fairchem_equiformer"]  # fairchem-core's own has taken its place
+
+
+def _readable(word: str) -> str:
+    """Shorten the absolute paths in a word to ones from the repository's root, where we run."""
+    return word.replace(f"{ROOT}{os.sep}", "")
+
+
+def main() -> int:
+    """Run the demo from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few systems and steps, for tests")
+    parser.add_argument("--runs", type=Path, default=HERE / "runs", help="where runs are kept")
+    args = parser.parse_args()
+    folder = args.runs.resolve() / time.strftime("%Y-%m-%d-%H-%M-%S")
+    folder.mkdir(parents=True)
+    data = args.runs.resolve() / "quick_data" if args.quick else HERE / "data"
+    try:
+        run(Demo(folder, data, args.quick))
+    except StepError as error:
+        print(f"\ndemo: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
