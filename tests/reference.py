@@ -342,7 +342,7 @@ def attention(
     if not sizes.radial_by_degree:
         radial |= {f"rad_func.{k}": v for k, v in under(parameters, "so2_conv_1.rad_func.").items()}
     weights = radial_function(graph, basis, radial, shared)
-    weights = weights.view(len(weights), -1, message.shape[2])
+    weights = weights.unflatten(1, (-1, message.shape[2]))
     message = message * spread_over_orders(weights, lmax, mmax, by_degree=sizes.radial_by_degree)
 
     num_alpha = sizes.num_heads * sizes.alpha_channels
@@ -396,7 +396,7 @@ def edge_degree(
 ) -> Tensor:
     """Fig. 1c: sum over edges of radial weight times harmonics; D^T of a zonal vector is Y."""
     weights = radial_function(graph, basis, parameters, shared)
-    weights = weights.view(len(weights), lmax + 1, -1).transpose(0, 1)
+    weights = weights.unflatten(1, (lmax + 1, -1)).transpose(0, 1)
     weights = per_coefficient(weights).transpose(0, 1)  # [E, K, C]
     directions = harmonics(lmax, graph.vector.double()).to(weights)
     total = segment_sum(weights * directions[:, :, None], graph.target, graph.num_nodes)
