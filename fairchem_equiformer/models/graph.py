@@ -238,7 +238,7 @@ def _given_edges(data: Any, structures: _Structures, *, use_pbc: bool) -> Neighb
 
 def _one_by_one(search: Callable[..., NeighborList], structures: _Structures) -> NeighborList:
     first, found = 0, []
-    for graph, pos in enumerate(structures.pos.split(structures.natoms.tolist())):
+    for graph, pos in enumerate(torch.split(structures.pos, structures.natoms.tolist())):
         one = slice(graph, graph + 1)
         edges = search(pos, structures.cell[one], structures.pbc[one], structures.natoms[one])
         found.append((edges.source + first, edges.target + first, edges.image))

@@ -216,7 +216,7 @@ def _first_radius(atoms: _Atoms, pbc: Tensor, natoms: Tensor, rule: _Rule) -> Te
     volume = torch.where(pbc.all(dim=1), torch.linalg.det(atoms.lattice).abs(), torch.inf)
     volume_per_atom = torch.minimum(occupied, volume) / natoms
     wanted = _SURPLUS * (rule.max_neighbors + 1)
-    radius = (wanted * volume_per_atom * 3 / (4 * math.pi)) ** (1 / 3)
+    radius = (wanted * volume_per_atom * 3 / (4 * math.pi)).pow(1 / 3)
     return radius.nan_to_num(nan=rule.cutoff).clamp(max=rule.cutoff)
 
 
@@ -345,7 +345,7 @@ def _distance_sqr(pos: Tensor, row: Tensor, other: Tensor, other_row: Tensor) ->
     """Squared distances, [P] Angstrom^2, summed in fairchem's order."""
     # A component at a time: torch gathers single numbers much faster than rows of three.
     x, y, z = (
-        (a.index_select(0, row) - b.index_select(0, other_row)) ** 2
+        torch.square(a.index_select(0, row) - b.index_select(0, other_row))
         for a, b in zip(pos.T.contiguous(), other.T.contiguous(), strict=True)
     )
     return (x + y) + z
@@ -376,7 +376,7 @@ def _image_offset(atoms: _Atoms, graph: Tensor, image: Tensor) -> Tensor:
         return (image[:, :1] * a + image[:, 1:2] * b) + image[:, 2:] * c
     counts = torch.bincount(graph, minlength=len(atoms.cell)).tolist()
     offsets = []
-    for cell, images in zip(atoms.cell, image.split(counts), strict=True):
+    for cell, images in zip(atoms.cell, torch.split(image, counts), strict=True):
         table = pad(images, (0, 0, 0, max(0, 45 - len(images))))
         product = torch.bmm(cell.T.unsqueeze(0), table.T.unsqueeze(0))
         offsets.append(product[0].T[: len(images)])
