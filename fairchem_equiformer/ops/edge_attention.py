@@ -165,7 +165,7 @@ class _Layer:
 
     def radial(self, chunk: Chunk, weights: RadialWeights, channels: int) -> Tensor:
         out = radial_function(self.edges.scalars.of(chunk.edges), weights, self.basis)
-        return out.unflatten(1, (-1, 2 * channels))
+        return out.view(len(out), out.shape[1] // (2 * channels), 2 * channels)
 
     def message(self, x: Tensor, chunk: Chunk, radial: Tensor) -> _Message:
         frames = self.frames(chunk)
@@ -219,7 +219,7 @@ class _Layer:
 
     def weighted(self, values: Tensor, alpha: Tensor) -> Tensor:
         """alpha * v: [e, S heads value_channels] and [e, heads] to [e, S, heads value_channels]."""
-        per_head = values.unflatten(1, (-1, self.spec.num_heads, self.spec.value_channels))
+        per_head: Tensor = values.unflatten(1, (-1, self.spec.num_heads, self.spec.value_channels))
         return (per_head.to(alpha.dtype) * alpha[:, None, :, None]).flatten(2)
 
 
