@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,8 @@ def run_child(spec: Spec, timeout: float) -> Record:
         )
     except subprocess.TimeoutExpired:
         return {"failure": f"over {timeout:.0f} s"}
+    if child.returncode == -signal.SIGKILL:
+        return {"failure": "killed: the system had no memory left"}
     if child.returncode != 0:
         msg = f"{' '.join(command)} ended with {child.returncode}:\n{child.stderr[-4000:]}"
         raise RuntimeError(msg)
@@ -158,21 +161,23 @@ def measure_row(
             rounds[name].append(run_child(spec, options.timeout))
 
         records = {name: summary(rounds[name]) for name in names}
-        reference = Path(folder) / f"{names[0]}-0.pt"
-        if "failure" not in records[names[0]]:
-            for name in names[1:]:
-                if "failure" not in records[name]:
-                    results = Path(folder) / f"{name}-0.pt"
-                    records[name]["difference"] = difference(load(results), load(reference))
-            if options.rounds > 1:
-                results = Path(folder) / f"{names[0]}-1.pt"
-                records[names[0]]["spread"] = difference(load(results), load(reference))
+        compare_results(records, Path(folder), options.rounds)
     return records
 
 
-def load(path: Path) -> dict[str, Tensor]:
-    """Return the results that a measurement wrote."""
-    return torch.load(path, weights_only=True)
+def compare_results(records: dict[str, Record], folder: Path, rounds: int) -> None:
+    """Set ``difference`` and ``spread`` of the records whose results lie in the folder."""
+    first, *others = records
+    if "failure" in records[first]:
+        return
+    reference = torch.load(folder / f"{first}-0.pt", weights_only=True)
+    for name in others:
+        if "failure" not in records[name]:
+            results = torch.load(folder / f"{name}-0.pt", weights_only=True)
+            records[name]["difference"] = difference(results, reference)
+    if rounds > 1:
+        again = torch.load(folder / f"{first}-1.pt", weights_only=True)
+        records[first]["spread"] = difference(again, reference)
 
 
 def summary(records: list[Record]) -> Record:
