@@ -37,6 +37,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "distance_function": ("gaussian",),
     "use_s2_act_attn": (False,),
 }
+# Annotation of a key: types that it takes, and what to call them.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a word"),
+    "list[int]": ((list, tuple), "a list of whole numbers"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ class ModelConfig:
         return cls(**{key: value for key, value in keys.items() if value is not None})
 
     def __post_init__(self) -> None:
+        self._check_types()
         for key in _POSITIVE:
             if not getattr(self, key) > 0:
                 _refuse(key, getattr(self, key), "a number above 0")
@@ -137,6 +146,18 @@ class ModelConfig:
             _refuse("use_atom_edge_embedding", False, "True with share_atom_edge_embedding: True")
         if self.use_energy_lin_ref and not self.load_energy_lin_ref:
             _refuse("load_energy_lin_ref", False, "True with use_energy_lin_ref: True")
+
+    def _check_types(self) -> None:
+        for key in fields(self):
+            value, kind = getattr(self, key.name), str(key.type).removesuffix(" | None")
+            if value is None and kind != key.type:
+                continue
+            types, wanted = _TYPES[kind]
+            suits = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+            if suits and kind == "list[int]":
+                suits = all(type(item) is int for item in value)
+            if not suits:
+                _refuse(key.name, value, wanted)
 
     def _check_degrees(self) -> None:
         for key in ("lmax_list", "mmax_list"):
