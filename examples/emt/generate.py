@@ -211,7 +211,7 @@ def label(atoms: Atoms, steps: Sequence[Array], reference: float) -> tuple[Frame
         # The labels are those of the rounded positions that the dataset stores.
         stored = steps[fid].astype(np.float32)
         frame.positions = stored
-        energy = frame.get_potential_energy(apply_constraint=False) - reference
+        energy = float(frame.get_potential_energy(apply_constraint=False) - reference)
         frames.append(Frame(fid, stored, energy, frame.get_forces(apply_constraint=False)))
     return tuple(frames)
 
