@@ -188,6 +188,7 @@ def summary(records: list[Record]) -> Record:
     merged = {
         "atoms": records[0]["atoms"],
         "seconds": median(t for record in records for t in record["times"]),
+        "cpu_seconds": median(t for record in records for t in record["cpu_times"]),
         "calls": sum(len(record["times"]) for record in records),
         "peak_bytes": max(record["peak_bytes"] for record in records),
         "flop": records[0]["flop"],

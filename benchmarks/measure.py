@@ -367,16 +367,25 @@ def gemm_rate(device: str, meter: CpuMeter | CudaMeter) -> float:
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] / min(times)
 
 
-def timed(call: Callable[[], object], seconds: float, meter: CpuMeter | CudaMeter) -> list[float]:
-    """Call at least once, until ``seconds`` have passed; return the seconds of each call."""
+def timed(
+    call: Callable[[], object], seconds: float, meter: CpuMeter | CudaMeter
+) -> tuple[list[float], list[float]]:
+    """Call at least once, until ``seconds`` have passed.
+
+    Returns:
+        For each call its seconds, and those that the processors spent on all its threads. On an
+        idle machine the latter are no less.
+    """
     times: list[float] = []
+    cpu_times: list[float] = []
     while sum(times) < seconds or not times:
         meter.synchronize()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         call()
         meter.synchronize()
         times.append(time.perf_counter() - start)
-    return times
+        cpu_times.append(time.process_time() - cpu_start)
+    return times, cpu_times
 
 
 def measure(spec: Spec) -> dict[str, Any]:
@@ -404,10 +413,11 @@ def measure(spec: Spec) -> dict[str, Any]:
     meter.allocated()
 
     meter.reset_peak()
-    times = timed(lambda: task.finish(task.forward()), spec.seconds, meter)
+    times, cpu_times = timed(lambda: task.finish(task.forward()), spec.seconds, meter)
     record = {
         "atoms": int(task.data.natoms[0]),
         "times": [seconds / task.calls for seconds in times],
+        "cpu_times": [seconds / task.calls for seconds in cpu_times],
         "peak_bytes": meter.peak() - before,
         "flop": counter.flop // task.calls,
         "gemm_flop_per_second": rate,
@@ -416,7 +426,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         record["saved_bytes"] = saved
     if isinstance(task, Relaxation):
         with torch.no_grad():
-            record["forward_times"] = timed(lambda: task.model(task.data), spec.seconds, meter)
+            record["forward_times"], _ = timed(lambda: task.model(task.data), spec.seconds, meter)
     return record
 
 

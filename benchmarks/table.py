@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 WIDTH = 150
+BUSY = 0.9  # of the time on a processor, where nothing but other processes can make it wait
 
 
 def read_ledger(path: Path) -> list[Record]:
@@ -35,7 +36,8 @@ def row_of(record: Record) -> tuple[str, str, int, int]:
 
 def table(records: Iterable[Record], style: box.Box = box.HEAVY_HEAD) -> Table:
     """Return a table; ratios are the figure of a row's first implementation over this one's."""
-    result = Table(title="Ratios: how many times less than the first", box=style)
+    caption = "~: other work took the processors meanwhile; compare cpu_seconds in the ledger."
+    result = Table(title="Ratios: how many times less than the first", caption=caption, box=style)
     for heading in ("work", "model", "atoms", "by"):
         result.add_column(heading)
     for heading in ("time / s", "ratio", "peak / MB", "ratio", "kept / MB", "ratio"):
@@ -62,6 +64,8 @@ def cells(record: Record, first: Record) -> list[str]:
         value, reference = record.get(key), first.get(key)
         figures.append(f"{value / unit:.4g}" if value is not None else "")
         figures.append(f"{reference / value:.1f}" if reference and value else "")
+    if record["cpu_seconds"] < BUSY * record["seconds"]:
+        figures[0] = f"~{figures[0]}"
     share = f"{record['gemm_share']:.0%}"
     if "over_forward" in record:
         share += f" ({record['over_forward']:+.0%} over forward)"

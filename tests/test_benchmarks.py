@@ -137,11 +137,14 @@ def test_flops_are_those_that_torch_counts() -> None:
 
 
 def test_ratios_are_of_the_first_implementation() -> None:
-    stock = {"seconds": 6.0, "peak_bytes": 10**9, "flop": 3e9, "gemm_share": 0.2, "spread": {}}
-    ours = stock | {"seconds": 2.0, "peak_bytes": 10**8, "difference": {"energy": 1e-7, "f": 2e-6}}
+    common = {"flop": 3e9, "gemm_share": 0.2}
+    stock = common | {"seconds": 6.0, "cpu_seconds": 12.0, "peak_bytes": 10**9}
+    ours = common | {"seconds": 2.0, "cpu_seconds": 2.0, "peak_bytes": 10**8}
+    ours["difference"] = {"energy": 1e-7, "forces": 2e-6}
     assert cells(ours, stock) == ["2", "3.0", "100", "10.0", "", "", "3", "20%", "2.0e-06"]
     assert cells(ours, {"failure": "out of memory"})[:4] == ["2", "", "100", ""]
     assert cells({"failure": "over 60 s"}, stock) == ["over 60 s"]
+    assert cells(ours | {"cpu_seconds": 1.5}, stock)[:2] == ["~2", "3.0"]
 
 
 def test_a_repeated_measurement_replaces_the_older_one(ledger: Path) -> None:
