@@ -153,16 +153,30 @@ class EquiformerV2Backbone(nn.Module):
 
 
 def gather_nodes(x: Tensor) -> Tensor:
-    """Rows of all processes of a graph-parallel group: [rows, ...] to [N, ...]."""
-    gathered: Tensor = gp_utils.gather_from_model_parallel_region(x, dim=0)
+    """Rows of all processes of a graph-parallel group: [rows, ...] to [N, ...].
+
+    Each process uses them for edges of its own, so the backward pass adds up their gradients.
+    """
+    gathered: Tensor = gp_utils.gather_from_model_parallel_region_sum_grad(x, dim=0)
     return gathered
+
+
+def gather_outputs(x: Tensor) -> Tensor:
+    """As :func:`gather_nodes`, for results, of which every process computes the whole loss.
+
+    The gradient is scaled by the size of the group, since data-parallel training averages over all
+    processes what the group's share among themselves.
+    """
+    gathered = gp_utils.gather_from_model_parallel_region(x, dim=0)
+    scaled: Tensor = gp_utils.scale_backward_grad(gathered)
+    return scaled
 
 
 def sum_energy(node_energy: Tensor, embedding: dict[str, Any]) -> Tensor:
     """Sum of atomic contributions over each structure: [rows] to [B], in float32 at least."""
     graph, edges = embedding["graph"], embedding["edges"]
     if edges.gather is not None:
-        node_energy = edges.gather(node_energy)
+        node_energy = gather_outputs(node_energy)
     if node_energy.dtype in (torch.float16, torch.bfloat16):
         node_energy = node_energy.float()
     return segment_sum(node_energy, graph.batch, graph.num_graphs)
@@ -183,7 +197,7 @@ def forces(block: GraphAttention, embedding: dict[str, Any]) -> Tensor:
     """Forces of all atoms [N, 3], ordered x, y, z as e3nn's l = 1."""
     x, edges = embedding["node_embedding"], embedding["edges"]
     vectors = block(x, edges, embedding["basis"], embedding["shared"])[:, :, 0]
-    return vectors if edges.gather is None else edges.gather(vectors.contiguous())
+    return vectors if edges.gather is None else gather_outputs(vectors.contiguous())
 
 
 @registry.register_model("fairchem_equiformer_v2")

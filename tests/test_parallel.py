@@ -1,0 +1,117 @@
+"""Several processes, by gloo on the CPU: data-parallel, and graph-parallel (`--gp-gpus`).
+
+The processes give the outputs of one, and data-parallel averaging leaves the gradient of one.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairchem.core.common import gp_utils
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.models import ours, relative_error, results
+from tests.structures import batch_of, slab
+from tests.test_hydra import hydra
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# torch 2.4's own activation checkpointing calls autocast by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
+
+PROCESSES = 2
+OUTPUT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 3e-5
+
+MODELS = {
+    "flat": ours,
+    "flat, gate, activation_checkpoint": lambda: ours(
+        use_gate_act=True, activation_checkpoint=True
+    ),
+    "hydra": hydra,
+}
+DATA_PARALLEL = ["flat", "hydra"]
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def one_structure():
+    """An odd number of atoms for two processes, and edges from each one's to the other's."""
+    return batch_of(slab("Cu", "NH3", 1), slab("Pt", "OH", 2))
+
+
+def work(rank: int, folder: Path) -> None:
+    """What each process does; results go to a file for each rank."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # which fairchem's own set-up reads
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(minutes=5),
+    )
+    saved = {}
+    for name in DATA_PARALLEL:
+        model = DistributedDataParallel(model_of(name))
+        for seed in range(2):  # a second step fails if a parameter had no gradient in the first
+            saved[f"data-parallel, {name}"] = results(model, shard(rank, seed))
+    gp_utils.setup_gp({"gp_gpus": PROCESSES, "distributed_backend": "gloo"})
+    for name in MODELS:
+        model = DistributedDataParallel(model_of(name))
+        saved[f"graph-parallel, {name}"] = results(model, one_structure())
+    torch.save(saved, folder / f"{rank}.pt")
+    gp_utils.cleanup_gp()
+    dist.destroy_process_group()
+
+
+def shard(rank, seed=1):
+    """A batch of its own for each process."""
+    return batch_of(slab("Cu", "CO", 10 * seed + rank), slab("Ni", "H2O", 20 * seed + rank))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What two processes computed: one dict for each."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+def assert_gradients(by_process, expected):
+    for gradients in by_process:
+        for name, value in expected.items():
+            error = relative_error(gradients[f"module.{name}"], value)
+            assert error < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", DATA_PARALLEL)
+def test_data_parallel(processes, name):
+    single = [results(model_of(name), shard(rank)) for rank in range(PROCESSES)]
+    for saved, (expected, _) in zip(processes, single, strict=True):
+        for key, value in expected.items():
+            assert torch.equal(saved[f"data-parallel, {name}"][0][key], value), key
+    mean = {
+        parameter: sum(gradients[parameter] for _, gradients in single) / PROCESSES
+        for parameter in single[0][1]
+    }
+    assert_gradients([saved[f"data-parallel, {name}"][1] for saved in processes], mean)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graph_parallel(processes, name):
+    expected, gradients = results(model_of(name), one_structure())
+    for saved in processes:
+        for key, value in expected.items():
+            outputs = saved[f"graph-parallel, {name}"][0]
+            assert relative_error(outputs[key], value) < OUTPUT_TOLERANCE, key
+    assert_gradients([saved[f"graph-parallel, {name}"][1] for saved in processes], gradients)
