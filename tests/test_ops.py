@@ -689,9 +689,10 @@ def test_chunks_of_edge_attention_do_not_matter(case, max_edges, device):
     assert_all_close(gradients(pieces, leaves), gradients(whole, leaves), "edge_attention")
 
 
-@cases
-def test_gradcheck_of_edge_attention(case):
-    case = replace(case, num_basis=3)
+# The others have the gradients of the reference; a gradcheck that fails takes minutes on them.
+@pytest.mark.parametrize("name", ["lowest", "s2", "gate, no orders"])
+def test_gradcheck_of_edge_attention(name):
+    case = replace(CASES[name], num_basis=3)
     graph = make_graph([2, 0, 1])
     leaves = on(
         torch.device("cpu"), case.parameters() | {"x": features(case.layout, graph.num_nodes)}
