@@ -11,12 +11,18 @@ from torch_geometric.data import Batch, Data
 _SURFACES = {"Cu": fcc111, "Pt": fcc111, "Ni": fcc100, "Fe": bcc110}
 
 
-def slab(metal: str = "Cu", adsorbate: str = "CO", sid: int = 0) -> Data:
+def slab_atoms(metal: str = "Cu", adsorbate: str = "CO", seed: int = 0) -> Atoms:
     """A rattled slab of two layers (2 x 2) with one molecule on it, periodic in all directions."""
     atoms = _SURFACES[metal](metal, (2, 2, 2), vacuum=5.0)
     add_adsorbate(atoms, molecule(adsorbate), 1.9, "ontop")
-    atoms.rattle(0.08, seed=sid)
-    return from_atoms(atoms, sid)
+    atoms.rattle(0.08, seed=seed)
+    atoms.pbc = True
+    return atoms
+
+
+def slab(metal: str = "Cu", adsorbate: str = "CO", sid: int = 0) -> Data:
+    """The same as fairchem's datasets give it, rattled by its sid."""
+    return from_atoms(slab_atoms(metal, adsorbate, sid), sid)
 
 
 def from_atoms(atoms: Atoms, sid: int = 0) -> Data:

@@ -322,7 +322,7 @@ class TestRegularisation:
 
     def test_attention_dropout_is_right_on_average(self):
         """Its result is linear in the attention weights, so the mean over masks is the result."""
-        backbone, draws = ours(alpha_drop=0.3), 300
+        backbone, draws = ours(alpha_drop=0.3), 150
         with torch.no_grad():
             embedding = EquiformerV2Backbone.forward(backbone, batch_of(slab("Ni", "H2O")))
             inputs = [embedding[key] for key in ("node_embedding", "edges", "basis", "shared")]

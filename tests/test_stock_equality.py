@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from fairchem.core.datasets import data_list_collater
 from fairchem.core.preprocessing import AtomsToGraphs
 
 from tests.models import KEYS, fix_roll, ours, relative_error, results, stock
-from tests.structures import batch_of, single_atom, slab, three_slabs
+from tests.structures import batch_of, single_atom, slab, slab_atoms, three_slabs
 
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 3e-5
@@ -53,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fewer elements": {"max_num_elements": 79},
     "neighbours at equal distance": {"enforce_max_neighbors_strictly": False},
     "all neighbours": {"max_neighbors": 500, "max_radius": 4.0},
+    "structures searched one by one": {"use_pbc_single": True},
     "keys without effect": {
         "num_sphere_samples": 7,
         "num_distance_basis": 7,
@@ -131,29 +133,16 @@ def test_options_together(seed):
 
 def test_given_edges():
     """`otf_graph: False` uses the edges of the batch: fewer of them than would be found."""
-    structures = [slab("Cu", "CO", 1), slab("Ni", "H2O", 2)]
     converter = AtomsToGraphs(max_neigh=6, radius=5.0, r_edges=True)
-    for structure in structures:
-        edges = converter._get_neighbors_pymatgen(_atoms(structure))
-        structure.edge_index, _, structure.cell_offsets = converter._reshape_features(*edges)
-        structure.neighbors = structure.edge_index.shape[1]
-    data = batch_of(*structures)
+    structures = converter.convert_all(
+        [slab_atoms("Cu", "CO", 1), slab_atoms("Ni", "H2O", 2)], disable_tqdm=True
+    )
+    data = data_list_collater(structures, otf_graph=False)
     theirs, own = pair(otf_graph=False)
     assert_same(theirs, own, data)
     own.otf_graph = True
     found = own(data.clone())["energy"]
     assert relative_error(found, theirs(data.clone())["energy"]) > 10 * OUTPUT_TOLERANCE
-
-
-def _atoms(structure):
-    from ase import Atoms
-
-    return Atoms(
-        structure.atomic_numbers.int().tolist(),
-        structure.pos.numpy(),
-        cell=structure.cell[0].numpy(),
-        pbc=True,
-    )
 
 
 def test_atom_without_neighbours():
