@@ -5,7 +5,7 @@ and in a random orientation. It is relaxed with EMT, which stands in for DFT. Wh
 
     <out>/s2ef/<split>/data.0000.lmdb    frames of the relaxations: energy, forces
     <out>/is2re/<split>/data.0000.lmdb   initial structures: energy_relaxed, pos_relaxed
-    <out>/manifest.json                  what was asked for; a second run with the same asks nothing
+    <out>/manifest.json                  what was asked for: asked for again, it is there already
 
 The splits are ``train``, ``val_id`` and OC20's four test sets: ``test_id`` (catalysts and
 adsorbates of the training set), ``test_ood_ads`` (adsorbates it does not have), ``test_ood_cat``
@@ -61,7 +61,7 @@ QUICK = {"train": 4, "val_id": 2} | {f"test_{split}": 2 for split in TEST_SPLITS
 LAYERS, FIXED_LAYERS = 4, 2
 GUEST_FRACTION = 0.25
 VACUUM = 8.0  # Angstrom on each side: farther than EMT's cutoff and the model's
-CONTACT = 2.0  # Angstrom from adsorbate to slab at first; EMT's H, C, N and O are all of this size
+CONTACT = 2.2  # Angstrom from adsorbate to slab at first: where EMT's H, C, N and O all bind
 RATTLE = 0.1  # Angstrom, standard deviation of each free coordinate of the slab at first
 FMAX, MAX_STEPS, MAX_ATTEMPTS = 0.05, 150, 10  # eV/Angstrom, BFGS steps, draws of a system
 
@@ -156,8 +156,12 @@ def build_slab(system: System, rng: np.random.Generator) -> Atoms:
 
 
 def add_adsorbate(slab: Atoms, name: str, rng: np.random.Generator) -> Atoms:
-    """Return the slab, rattled, with the adsorbate (tag 2) turned and over a random point."""
+    """Return the slab, rattled, with the adsorbate (tag 2) turned and over a random point.
+
+    The adsorbate has its shape in the gas, as in OC20.
+    """
     adsorbate = Atoms(name, positions=[[0, 0, 0]]) if len(name) == 1 else molecule(name)
+    relax(adsorbate, name)
     adsorbate.rotate(rng.uniform(0, 360), rng.normal(size=3))
     adsorbate.translate([*(rng.random(2) @ slab.cell.array[:2, :2]), slab.positions[:, 2].max()])
     adsorbate.set_tags(2)

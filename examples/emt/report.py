@@ -160,9 +160,9 @@ def score_table(scores: Iterable[Score]) -> str:
         forces = ["-" if errors is None else f"{1e3 * errors.forces:.0f}" for errors in columns]
         energy = ["-" if errors is None else f"{1e3 * errors.energy:.0f}" for errors in columns]
         rows.append([score.name, *forces, f"{score.better:.1f} x", *energy])
-    models = ["constant", "untrained", "trained"]
-    title = "Mean absolute errors on unseen structures: forces in meV/Å, then energies in meV\n"
-    return title + _table(["", *models, "better", *models], rows)
+    title = "Mean absolute errors on unseen structures: F, forces in meV/Å; E, energies in meV\n"
+    header = ["", "F constant", "untrained", "trained", "better"]
+    return title + _table([*header, "E constant", "untrained", "trained"], rows)
 
 
 def relaxation_table(relaxed: Mapping[str, RelaxationErrors]) -> str:
@@ -177,8 +177,10 @@ def relaxation_table(relaxed: Mapping[str, RelaxationErrors]) -> str:
         ]
         for name, errors in relaxed.items()
     ]
-    title = "Relaxed energies, MAE in meV; mean distance in Å from EMT's relaxed structure\n"
-    return title + _table(["", "constant", "relaxed", "initial", "relaxed"], rows)
+    title = (
+        "Relaxations: E, MAE of the relaxed energy in meV; d, distance in Å from EMT's structure\n"
+    )
+    return title + _table(["", "E constant", "relaxed", "d initial", "relaxed"], rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -217,6 +219,8 @@ def plot_learning_curve(logs: Path, constants: Errors, path: Path) -> None:
             axis.plot(*_curve(val), "o-", color=COLOURS[0], markersize=4, label="validation (EMA)")
             axis.axhline(1e3 * level, color=COLOURS[1], linestyle="--", label="constant predictor")
             axis.set(xlabel="step", ylabel=name, yscale="log")
+            axis.yaxis.set_major_formatter("{x:.0f}")
+            axis.yaxis.set_minor_formatter("{x:.0f}")
         axes[0].legend()
         _save(figure, path)
 
@@ -232,13 +236,16 @@ def plot_parity(results: Mapping[str, tuple[Labels, Labels]], path: Path) -> Non
         results: of each test set, predictions and labels.
         path: the picture to write.
     """
-    panels = (("energy", "adsorption energy (eV)"), ("forces", "force component (eV/Å)"))
+    panels = (
+        ("energy", "adsorption energy (eV)", "meV"),
+        ("forces", "force component (eV/Å)", "meV/Å"),
+    )
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9, 4.4))
-        for axis, (field, name) in zip(axes, panels, strict=True):
+        for axis, (field, name, unit) in zip(axes, panels, strict=True):
             for colour, (split, (predicted, true)) in zip(COLOURS, results.items(), strict=False):
                 x, y = getattr(true, field).ravel(), getattr(predicted, field).ravel()
-                label = f"{split}, MAE {1e3 * np.abs(x - y).mean():.0f} meV"
+                label = f"{split}, MAE {1e3 * np.abs(x - y).mean():.0f} {unit}"
                 axis.plot(x, y, ".", color=colour, markersize=4, alpha=0.5, label=label)
             ends = axis.get_xlim()
             axis.plot(ends, ends, color="0.3", linewidth=0.8, zorder=0)
