@@ -16,7 +16,7 @@ from fairchem.core.common import gp_utils
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models import ours, relative_error, results
-from tests.structures import batch_of, slab
+from tests.structures import batch_of, single_atom, slab
 from tests.test_hydra import hydra
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def model_of(name):
     return MODELS[name]()
 
 
-def one_structure():
-    """An odd number of atoms for two processes, and edges from each one's to the other's."""
-    return batch_of(slab("Cu", "NH3", 1), slab("Pt", "OH", 2))
+def two_structures():
+    """21 atoms: shares of unlike size, and the second structure is in both."""
+    return batch_of(slab("Cu", "CO", 1), slab("Pt", "H2O", 2))
 
 
 def work(rank: int, folder: Path) -> None:
@@ -68,7 +68,10 @@ def work(rank: int, folder: Path) -> None:
     gp_utils.setup_gp({"gp_gpus": PROCESSES, "distributed_backend": "gloo"})
     for name in MODELS:
         model = DistributedDataParallel(model_of(name))
-        saved[f"graph-parallel, {name}"] = results(model, one_structure())
+        saved[f"graph-parallel, {name}"] = results(model, two_structures())
+    saved["graph-parallel, single atom"] = results(
+        DistributedDataParallel(model_of("flat")), batch_of(single_atom())
+    )
     torch.save(saved, folder / f"{rank}.pt")
     gp_utils.cleanup_gp()
     dist.destroy_process_group()
@@ -109,9 +112,18 @@ def test_data_parallel(processes, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_graph_parallel(processes, name):
-    expected, gradients = results(model_of(name), one_structure())
+    expected, gradients = results(model_of(name), two_structures())
     for saved in processes:
         for key, value in expected.items():
             outputs = saved[f"graph-parallel, {name}"][0]
             assert relative_error(outputs[key], value) < OUTPUT_TOLERANCE, key
     assert_gradients([saved[f"graph-parallel, {name}"][1] for saved in processes], gradients)
+
+
+def test_graph_parallel_with_fewer_atoms_than_processes(processes):
+    expected, gradients = results(model_of("flat"), batch_of(single_atom()))
+    by_process = [saved["graph-parallel, single atom"] for saved in processes]
+    for outputs, _ in by_process:
+        assert torch.equal(outputs["forces"], expected["forces"])
+        assert relative_error(outputs["energy"], expected["energy"]) < OUTPUT_TOLERANCE
+    assert_gradients([of_process for _, of_process in by_process], gradients)

@@ -130,7 +130,8 @@ class EquiformerV2Backbone(nn.Module):
         if gp_utils.initialized():
             atoms = torch.arange(graph.num_nodes, device=graph.target.device)
             own = gp_utils.scatter_to_model_parallel_region(atoms)
-            rows, gather = slice(int(own[0]), int(own[-1]) + 1), gather_nodes
+            start = int(own[0]) if len(own) else graph.num_nodes
+            rows, gather = slice(start, start + len(own)), gather_nodes
         return prepare_edges(
             graph,
             self.config.layout,
