@@ -436,6 +436,13 @@ class TestRun:
         with pytest.raises(run.StepError, match=r"step `train` ended well but wrote no .*best"):
             demo.checkpoint("train")
 
+    def test_goal_holds_for_known_catalysts_and_adsorbates_only(self):
+        good, bad = (report.Errors(0.1, forces) for forces in (0.03, 0.04))
+        constant = report.Errors(0.5, 0.1)
+        run.check_goal([report.Score("val_id", constant, good), report.Score("x", constant, bad)])
+        with pytest.raises(run.StepError, match=r"on test_id .* 2\.5 times smaller"):
+            run.check_goal([report.Score("test_id", constant, bad)])
+
     @pytest.mark.long
     def test_whole_demo(self, tmp_path):
         command = [sys.executable, run.__file__, "--quick", "--runs", tmp_path]

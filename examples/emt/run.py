@@ -195,64 +195,57 @@ def submit(demo: Demo, task: str, sources: dict[str, Path]) -> Path:
     return path
 
 
-def report_run(
-    demo: Demo,
-    errors: Mapping[str, report.Errors],
-    predicted: Mapping[str, Path],
-    trajectories: Mapping[str, Path],
-) -> str:
-    """Score the run and draw its pictures.
+def score(
+    demo: Demo, untrained: report.Errors, trained: report.Errors, predicted: Mapping[str, Path]
+) -> list[report.Score]:
+    """Compare the model with the constant predictor on unseen structures, and draw the pictures.
 
     Args:
         demo: the run.
-        errors: on the validation set, of the model "untrained" and "trained".
+        untrained: errors of the initial weights on the validation set.
+        trained: errors of the trained model on the validation set.
         predicted: of each test set the file of predictions.
-        trajectories: of each test set the folder of relaxations.
 
     Returns:
-        The tables, for people to read.
-
-    Raises:
-        StepError: the trained model is not ``GOAL`` times better than the constant predictor.
+        The errors on the validation set, then on each test set.
     """
-    s2ef, is2re = demo.data / "s2ef", demo.data / "is2re"
+    s2ef = demo.data / "s2ef"
     train = report.labels(report.read_dataset(s2ef / "train"))
     true = report.labels(report.read_dataset(s2ef / "val_id"))
     constant = report.errors(report.constant(train, true), true)
-    scores = [report.Score("val_id", constant, errors["trained"], errors["untrained"])]
+    logs = demo.folder / "logs" / "tensorboard" / "train"
+    report.plot_learning_curve(logs, constant, demo.folder / LEARNING_CURVE)
+    scores = [report.Score("val_id", constant, trained, untrained)]
     pairs = {}
     for split, path in predicted.items():
         examples = report.read_dataset(s2ef / f"test_{split}")
         true, made = report.labels(examples), report.predictions(path, examples)
-        pairs[split] = made, true
         constant = report.errors(report.constant(train, true), true)
         scores.append(report.Score(f"test_{split}", constant, report.errors(made, true)))
-    report.plot_learning_curve(
-        demo.folder / "logs/tensorboard/train", scores[0].constant, demo.folder / LEARNING_CURVE
-    )
+        pairs[split] = made, true
     report.plot_parity(pairs, demo.folder / PARITY)
+    return scores
 
-    systems = report.read_dataset(is2re / "train")
-    relaxed = {
+
+def score_relaxations(
+    demo: Demo, trajectories: Mapping[str, Path]
+) -> dict[str, report.RelaxationErrors]:
+    """Compare relaxations with the model, a folder of each test set, with those with EMT."""
+    is2re = demo.data / "is2re"
+    train = report.read_dataset(is2re / "train")
+    return {
         f"test_{split}": report.relaxation_errors(
-            folder, report.read_dataset(is2re / f"test_{split}"), systems
+            folder, report.read_dataset(is2re / f"test_{split}"), train
         )
         for split, folder in trajectories.items()
     }
-    known = min(score.better for score in scores if score.name in ("val_id", "test_id"))
-    if known < GOAL and not demo.quick:
-        raise StepError(
-            f"step `report`: the force error is {known:.1f} times smaller than the constant "
-            f"predictor's, and should be {GOAL:.0f} times:\n\n{report.score_table(scores)}"
-        )
-    return f"{report.score_table(scores)}\n\n{report.relaxation_table(relaxed)}"
 
 
 def run(demo: Demo) -> None:
     """Do all steps and print what came out of them.
 
     Raises:
-        StepError: a step failed.
+        StepError: a step failed, or the trained model is not good enough.
     """
     generate(demo)
     untrained = measure_untrained(demo)
@@ -265,20 +258,42 @@ def run(demo: Demo) -> None:
         submit(demo, "IS2RE", trajectories),
         submit(demo, "IS2RS", positions),
     ]
-    errors = {"untrained": untrained, "trained": trained}
-    tables = report_run(demo, errors, predicted, trajectories)
+    scores = score(demo, untrained, trained, predicted)
+    relaxed = score_relaxations(demo, trajectories)
     files += [demo.folder / LEARNING_CURVE, demo.folder / PARITY, weights]
-    seconds = "\n".join(f"{time:6.0f} s  {name}" for name, time in demo.seconds.items())
-    listing = "\n".join(
-        f"{path.stat().st_size / 1e3:8.0f} kB  {_readable(str(path))}" for path in files
-    )
-    total = sum(demo.seconds.values())
     summary = (
-        f"\n{tables}\n\nFiles written\n{listing}\n\n"
-        f"Time of each step, {total:.0f} s in all\n{seconds}\n"
+        f"{report.score_table(scores)}\n\n{report.relaxation_table(relaxed)}\n\n"
+        f"{_list_files(files)}\n\n{_list_times(demo.seconds)}\n"
     )
-    (demo.folder / "summary.txt").write_text(summary.lstrip())
-    print(summary)
+    (demo.folder / "summary.txt").write_text(summary)
+    print(f"\n{summary}")
+    if not demo.quick:
+        check_goal(scores)
+
+
+def check_goal(scores: Sequence[report.Score]) -> None:
+    """Compare the force errors with the demo's promise.
+
+    Raises:
+        StepError: on a set with known catalysts and adsorbates, the model is less than ``GOAL``
+            times better than the constant predictor.
+    """
+    for result in scores:
+        if result.name in ("val_id", "test_id") and result.better < GOAL:
+            raise StepError(
+                f"step `train`: on {result.name} the force error is {result.better:.1f} times "
+                f"smaller than the constant predictor's; {GOAL:.0f} times was expected"
+            )
+
+
+def _list_files(files: Sequence[Path]) -> str:
+    lines = [f"{path.stat().st_size / 1e3:8.0f} kB  {_readable(str(path))}" for path in files]
+    return "\n".join(["Files written", *lines])
+
+
+def _list_times(seconds: Mapping[str, float]) -> str:
+    lines = [f"{taken:8.0f} s   {step}" for step, taken in seconds.items()]
+    return "\n".join([f"Time of each step, {sum(seconds.values()):.0f} s in all", *lines])
 
 
 def validation_errors(output: str) -> report.Errors:
@@ -327,7 +342,12 @@ def _stream(words: Sequence[str], log: Path) -> int:
     with (
         log.open("w") as file,
         subprocess.Popen(
-            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            words,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         ) as process,
     ):
         for line in process.stdout or ():
