@@ -72,6 +72,8 @@ def check(args: Namespace, overrides: list[str]) -> None:
     if args.mode == "run-relaxations":
         _check_relaxation(args.config_yml, config.get("task") or {})
         _check_sids(splits["relax"])
+    if not (args.submit or args.cpu):
+        _check_gpus(args.num_gpus)
 
 
 def read_config(path: Path, overrides: list[str]) -> Config:
@@ -249,6 +251,15 @@ def _load(path: str) -> Config:
             f"--checkpoint: {path} cannot be read ({reason}); copy it again if it is incomplete"
         ) from error
     return content if isinstance(content, dict) else {}
+
+
+def _check_gpus(wanted: int) -> None:
+    """There is a GPU for each process; without one, fairchem-core fails in NCCL."""
+    found = torch.cuda.device_count()
+    if not found:
+        raise InputError("this machine has no GPU that PyTorch can use; add --cpu to run without")
+    if wanted > found:
+        raise InputError(f"--num-gpus {wanted}: this machine has {found}")
 
 
 def _check_relaxation(file: Path, task: Config) -> None:

@@ -381,6 +381,14 @@ class TestTraining:
             grads.append(gradients(model, data))
         assert_same_bits(grads[1], grads[0])
 
+    def test_second_derivatives_are_refused(self):
+        model = ours()
+        total = sum(value.square().sum() for value in model(three_slabs()).values())
+        parameters = list(model.parameters())
+        first = torch.autograd.grad(total, parameters, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            sum(grad.square().sum() for grad in first).backward()
+
     def test_frozen_parameters_get_none_and_change_no_other(self):
         model, data = ours(), three_slabs()
         whole = gradients(model, data)
@@ -476,6 +484,7 @@ class TestBadKeys:
             ("lmax_list", [0], ["lmax_list", "[0]", "[1]"]),
             ("lmax_list", [3, 2], ["lmax_list", "[3, 2]", "one"]),
             ("grid_resolution", 13, ["grid_resolution", "13", "even"]),
+            ("grid_resolution", 6, ["grid_resolution", "6", "at least 8"]),
             ("num_layers", 0, ["num_layers", "0"]),
             ("max_radius", -5.0, ["max_radius", "-5.0"]),
             ("alpha_drop", 1.5, ["alpha_drop", "1.5", "probability"]),

@@ -20,10 +20,11 @@ def fairchem(tmp_path, capsys, monkeypatch):
     """The command in this process, up to where fairchem-core takes over: status and message."""
     monkeypatch.setattr(_cli, "main", lambda *_: None)
 
-    def run(config, *args, mode="train"):
+    def run(config, *args, mode="train", device=("--cpu",)):
         path = tmp_path / "config.yml"
         path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-        status = main(["main", "--mode", mode, "--config-yml", str(path), *map(str, args)])
+        options = ["--config-yml", path, *device, *args]
+        status = main(["main", "--mode", mode, *map(str, options)])
         return status, capsys.readouterr().err
 
     return run
@@ -243,3 +244,14 @@ def test_submission_without_slurm(fairchem, tiny_config, monkeypatch, tmp_path):
 def test_missing_sweep(fairchem, tiny_config, tmp_path):
     path = tmp_path / "absent.yml"
     assert_one_line(fairchem(tiny_config, "--sweep-yml", path), "--sweep-yml", path)
+
+
+def test_no_gpu(fairchem, tiny_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert_one_line(fairchem(tiny_config, device=()), "no GPU", "--cpu")
+
+
+def test_fewer_gpus_than_asked_for(fairchem, tiny_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert fairchem(tiny_config, device=("--num-gpus", 2)) == (0, "")
+    assert_one_line(fairchem(tiny_config, device=("--num-gpus", 4)), "--num-gpus 4", "2")

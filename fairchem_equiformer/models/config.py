@@ -167,10 +167,12 @@ class ModelConfig:
             _refuse("lmax_list", self.lmax_list, f"[1] to [{_LARGEST_LMAX}]")
         if not 0 <= self.mmax <= self.lmax:
             _refuse("mmax_list", self.mmax_list, f"[0] to lmax_list, which is {self.lmax_list}")
+        fewest = 2 * (self.lmax + 1)
         if self.grid_resolution is not None and (
-            self.grid_resolution % 2 or self.grid_resolution < 1
+            self.grid_resolution % 2 or self.grid_resolution < fewest
         ):
-            _refuse("grid_resolution", self.grid_resolution, "an even number above 0")
+            wanted = f"an even number of at least {fewest}, 2 (lmax + 1)"
+            _refuse("grid_resolution", self.grid_resolution, wanted)
 
     @property
     def lmax(self) -> int:

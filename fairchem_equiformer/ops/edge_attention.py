@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.edges import Edges
 from fairchem_equiformer.ops.gate import gate_activation
@@ -286,6 +287,7 @@ class _EdgeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, x, kept, *tensors = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
@@ -331,7 +333,7 @@ class _Backward:
         features_grad = self._linear(
             values_grad, features.detach(), conv.second, self._sums.conv_2, self._sums.conv_2_bias
         )
-        hidden_grad = self._differentiate(
+        (hidden_grad,) = self._differentiate(
             (features, logits),
             (features_grad, logits_grad),
             (*(weights.alpha_norm or ()), weights.alpha_dot),
@@ -392,14 +394,14 @@ class _Backward:
         leaves: Sequence[Tensor | None],
         sums: Sequence[Tensor | None],
         *inputs: Tensor,
-    ) -> Tensor:
-        """Backward by autograd: add to the sums of the leaves, return the gradient of the input."""
+    ) -> tuple[Tensor, ...]:
+        """Backward by autograd: add to the sums of the leaves, return the inputs' gradients."""
         wanted = [leaf for leaf in leaves if leaf is not None]
         totals = [total for total in sums if total is not None]
         parts = torch.autograd.grad(outputs, [*wanted, *inputs], grads)
-        for total, part in zip(totals, parts, strict=False):
+        for total, part in zip(totals, parts[: len(totals)], strict=True):
             total.add_(part)
-        return parts[-1]
+        return parts[len(totals) :]
 
 
 def edge_attention(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.edges import Edges
 from fairchem_equiformer.ops.radial import GaussianBasis, RadialWeights, radial_function
@@ -45,6 +46,7 @@ class _EdgeDegreeEmbedding(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights = [None if w is None else w.detach().requires_grad_() for w in ctx.saved_tensors]
         wanted = [w for w in weights if w is not None]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.s2_activation import grid_pieces, project
 
@@ -30,6 +31,7 @@ class _GridMLP(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, to_grid, from_grid = ctx.saved_tensors
         x_grad = torch.empty_like(x)

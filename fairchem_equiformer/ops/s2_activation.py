@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _CPU_GRID_BYTES = 3 * 2**20  # of one piece; about the second-level cache of the cores that share it
 _CUDA_GRID_BYTES = 256 * 2**20
@@ -47,6 +48,7 @@ class _S2Activation(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, to_grid, from_grid = ctx.saved_tensors
         x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
