@@ -15,7 +15,7 @@ from fairchem_equiformer.so3.layout import Layout
 from fairchem_equiformer.so3.wigner import edge_rotations
 
 # Bytes of the rotated message input of one chunk, the largest of its intermediates.
-_CPU_CHUNK_BYTES = 12 * 2**20
+_CPU_CHUNK_BYTES = 6 * 2**20
 _CUDA_CHUNK_BYTES = 256 * 2**20
 
 
