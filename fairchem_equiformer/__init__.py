@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from fairchem_equiformer import fairchem_setup
 from fairchem_equiformer.models.equiformer_v2 import EquiformerV2, EquiformerV2Backbone
-from fairchem_equiformer.models.heads import EnergyHead, ForceHead
+from fairchem_equiformer.models.heads import EnergyHead, ForceHead, StressHead
 
-__all__ = ["EnergyHead", "EquiformerV2", "EquiformerV2Backbone", "ForceHead"]
+__all__ = ["EnergyHead", "EquiformerV2", "EquiformerV2Backbone", "ForceHead", "StressHead"]
 __version__ = "0.1.0"
 
 fairchem_setup.install()

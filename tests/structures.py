@@ -54,6 +54,12 @@ def three_slabs() -> Batch:
     return batch_of(slab("Cu", "CO", 11), slab("Pt", "CH3OH", 12), slab("Fe", "NH3", 13))
 
 
+def in_double(data):
+    """The same structure, positions and cell in float64."""
+    data.pos, data.cell = data.pos.double(), data.cell.double()
+    return data
+
+
 def moved(data: Data, rotation: torch.Tensor | None = None, shift: torch.Tensor | None = None):
     """The same structure rotated, then shifted: positions and cell rows are R v + s and R a."""
     data = data.clone()

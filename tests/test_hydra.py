@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from e3nn import o3
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import load_model_and_weights_from_checkpoint
 from fairchem.core.models.base import HydraModel
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone as StockBackbone
-from fairchem.core.models.equiformer_v2.heads import EqV2ScalarHead, EqV2VectorHead
+from fairchem.core.models.equiformer_v2.heads import (
+    EqV2ScalarHead,
+    EqV2VectorHead,
+    Rank2SymmetricTensorHead,
+)
 from fairchem.core.trainers.base_trainer import BaseTrainer
 
-from fairchem_equiformer import EnergyHead, EquiformerV2, EquiformerV2Backbone, ForceHead
+from fairchem_equiformer import (
+    EnergyHead,
+    EquiformerV2,
+    EquiformerV2Backbone,
+    ForceHead,
+    StressHead,
+)
 from tests.models import (
     KEYS,
     fix_roll,
@@ -23,7 +35,7 @@ from tests.models import (
     scatter_weights,
     stock_class,
 )
-from tests.structures import batch_of, single_atom, three_slabs
+from tests.structures import batch_of, in_double, moved, single_atom, slab, three_slabs
 
 HEADS = {
     "energy": {"module": "fairchem_equiformer.EnergyHead"},
@@ -73,6 +85,8 @@ def flat_name(name):
         ("fairchem_equiformer_v2_backbone", EquiformerV2Backbone),
         ("fairchem_equiformer_v2_energy_head", EnergyHead),
         ("fairchem_equiformer_v2_force_head", ForceHead),
+        ("fairchem_equiformer.StressHead", StressHead),
+        ("fairchem_equiformer_v2_stress_head", StressHead),
         ("equiformer_v2_backbone", StockBackbone),
         ("equiformerV2_scalar_head", EqV2ScalarHead),
         ("equiformerV2_vector_head", EqV2VectorHead),
@@ -115,6 +129,90 @@ class TestEqual:
         for name, value in reference.items():
             if value is not None:
                 assert relative_error(gradients[name], value) < 3e-5, name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decompose": True, "use_source_target_embedding": True},
+        {"decompose": True, "edge_level_mlp": True, "num_mlp_layers": 3},
+        {"decompose": True, "extensive": True, "avg_num_nodes": 12.5},
+        {"edge_level_mlp": True, "use_source_target_embedding": True, "extensive": True},
+        {"num_mlp_layers": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("norm_type", ["layer_norm_sh", "layer_norm", "rms_norm_sh"])
+def test_stress_equals_fairchems(options, norm_type):
+    keys = {"norm_type": norm_type}
+    theirs = stock_hydra(keys)
+    heads = {"stress": {"module": "fairchem_equiformer.StressHead", **options}}
+    theirs.output_heads = torch.nn.ModuleDict(
+        {"stress": Rank2SymmetricTensorHead(theirs.backbone, **options)}
+    )
+    scatter_weights(theirs)
+    own = hydra(heads, keys=keys)
+    assert [n for n, _ in own.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    own.load_state_dict(theirs.state_dict(), strict=True)
+    (expected, reference), (outputs, gradients) = (
+        results(model, three_slabs()) for model in (theirs, own)
+    )
+    norm = "output_heads.stress.sphharm_norm"
+    assert outputs.keys() == expected.keys()
+    for key, value in expected.items():
+        assert outputs[key].shape == value.shape
+        assert relative_error(outputs[key], value) < 1e-5, key
+    for name, value in reference.items():
+        if value is not None:
+            # One number, a sum that all but cancels; against float64 fairchem's is off by 6e-5.
+            tolerance = 1e-3 if name.startswith(f"{norm}.") and "bias" in name else 3e-5
+            assert relative_error(gradients[name], value) < tolerance, name
+
+
+class TestStress:
+    KEYS: ClassVar = {"use_gate_act": True, "use_grid_mlp": False}  # exactly equivariant
+    LINEAR: ClassVar = {"module": "fairchem_equiformer.StressHead", "num_mlp_layers": 1}
+
+    def model(self, **options):
+        model = hydra({"stress": {**self.LINEAR, **options}}, keys=self.KEYS)
+        for parameter in model.output_heads.parameters():
+            if parameter.shape == (1,):
+                parameter.data.zero_()  # a bias on a component does not turn
+        return model.double()
+
+    def test_turns_as_a_tensor(self):
+        rotation = o3.rand_matrix(dtype=torch.float64)
+        data = in_double(slab("Pt", "CH3OH"))
+        turned = moved(data, rotation)
+        model = self.model()
+        with torch.no_grad():
+            stress, rotated = model(batch_of(data))["stress"], model(batch_of(turned))["stress"]
+        assert relative_error(rotated, rotation @ stress @ rotation.T) < 1e-8
+        assert relative_error(stress.T, stress) < 1e-12
+
+    def test_parts_turn_as_degrees_0_and_2(self):
+        rotation = o3.rand_matrix(dtype=torch.float64)
+        data = in_double(slab("Pt", "CH3OH"))
+        model = self.model(decompose=True, use_source_target_embedding=True)
+        with torch.no_grad():
+            out = model(batch_of(data))
+            turned = model(batch_of(moved(data, rotation)))
+        assert relative_error(turned["stress_isotropic"], out["stress_isotropic"]) < 1e-8
+        wigner = o3.Irrep("2e").D_from_matrix(rotation)
+        expected = out["stress_anisotropic"] @ wigner.T
+        assert relative_error(turned["stress_anisotropic"], expected) < 1e-5  # e3nn's D is float32
+
+    def test_alone_or_in_a_batch(self):
+        model = hydra({"stress": {**self.LINEAR, "decompose": True, "num_mlp_layers": 2}})
+        with torch.no_grad():
+            together = model(batch_of(slab("Pt", "CH3OH"), single_atom(), slab("Cu", "CO")))
+            alone = model(batch_of(slab("Cu", "CO")))
+        for key, value in alone.items():
+            assert relative_error(together[key][2:], value) < 1e-5
+
+    def test_needs_a_layer(self):
+        with pytest.raises(ValueError, match="num_mlp_layers is 0"):
+            hydra({"stress": {**self.LINEAR, "num_mlp_layers": 0}})
 
 
 class TestOutputs:
@@ -218,7 +316,7 @@ class TestWeightDecay:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("head", [EnergyHead, ForceHead])
+    @pytest.mark.parametrize("head", [EnergyHead, ForceHead, StressHead])
     def test_head_on_another_backbone(self, head):
         with pytest.raises(TypeError, match=r"set model\.backbone\.model") as error:
             head(stock_class(StockBackbone, **KEYS))

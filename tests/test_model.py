@@ -13,7 +13,7 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import Equiform
 from fairchem_equiformer import EquiformerV2, EquiformerV2Backbone
 from fairchem_equiformer.nn.regularization import ChannelDropout, GraphDropPath
 from tests.models import KEYS, gradients, ours, random_loss, relative_error, stock_class
-from tests.structures import batch_of, moved, single_atom, slab, three_slabs
+from tests.structures import batch_of, in_double, moved, single_atom, slab, three_slabs
 
 # Another order of sums in float32, and nothing else; and in float64.
 ROUNDING = 1e-5
@@ -103,11 +103,6 @@ class TestContract:
         double = predict(model.double(), in_double(data))
         assert {value.dtype for value in double.values()} == {torch.float64}
         assert_close({key: value.double() for key, value in single.items()}, double)
-
-
-def in_double(structure):
-    structure.pos, structure.cell = structure.pos.double(), structure.cell.double()
-    return structure
 
 
 def in_float64(model, structure):

@@ -21,6 +21,7 @@ from fairchem_equiformer.nn.feed_forward import FeedForward
 from fairchem_equiformer.nn.initialization import initialize
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.nn.radial import GaussianSmearing
+from fairchem_equiformer.ops.allocator import keep_freed_memory
 from fairchem_equiformer.ops.edges import prepare_edges
 from fairchem_equiformer.ops.segments import segment_sum
 
@@ -92,6 +93,7 @@ class EquiformerV2Backbone(nn.Module):
         Raises:
             ValueError: for bad input, naming the structure and the value.
         """
+        keep_freed_memory()
         graph = self._graph(data)
         edges = self._edges(graph)
         basis = self.distance_expansion.basis()
@@ -199,6 +201,15 @@ def forces(block: GraphAttention, embedding: dict[str, Any]) -> Tensor:
     x, edges = embedding["node_embedding"], embedding["edges"]
     vectors = block(x, edges, embedding["basis"], embedding["shared"])[:, :, 0]
     return vectors if edges.gather is None else gather_outputs(vectors.contiguous())
+
+
+def rank2_inputs(embedding: dict[str, Any]) -> tuple[Tensor, Edges, Tensor]:
+    """Features of all atoms [N, (lmax + 1)^2, C], this process' edges and their vectors [E, 3]."""
+    x, edges, graph = embedding["node_embedding"], embedding["edges"], embedding["graph"]
+    first = int(graph.target_ptr[edges.rows.start])
+    if edges.gather is not None:
+        x = edges.gather(x)
+    return x, edges, graph.vector[first : first + edges.num_edges].to(x.dtype)
 
 
 @registry.register_model("fairchem_equiformer_v2")

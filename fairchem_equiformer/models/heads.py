@@ -14,10 +14,14 @@ from fairchem_equiformer.models.equiformer_v2 import (
     energy_block,
     force_block,
     forces,
+    gather_outputs,
+    rank2_inputs,
     sum_energy,
 )
 from fairchem_equiformer.models.weight_decay import no_weight_decay
 from fairchem_equiformer.nn.initialization import initialize
+from fairchem_equiformer.nn.rank2 import Rank2Readout
+from fairchem_equiformer.ops.segments import segment_sum
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -91,6 +95,78 @@ class ForceHead(nn.Module, HeadInterface):
     def forward(self, data: Batch, emb: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ARG002
         """[N, 3], keyed by ``output_name``."""
         return {self.output_name: forces(self.force_block, emb)}
+
+
+@registry.register_model("fairchem_equiformer_v2_stress_head")
+class StressHead(Rank2Readout, HeadInterface):
+    """Symmetric second-rank tensor of each structure, such as its stress.
+
+    Takes the keys of fairchem's ``rank2_symmetric_head`` and has its parameters.
+
+    Args:
+        backbone: whose features it reads.
+        output_name: key of the result, or beginning of the keys.
+        decompose: give the isotropic part (the trace over sqrt(3)) and the anisotropic part (five
+            components of degree 2) by themselves; the trainer puts them together.
+        edge_level_mlp: perceptron on edges instead of atoms.
+        num_mlp_layers: of the perceptron.
+        use_source_target_embedding: read the features of both atoms of an edge.
+        extensive: sum over atoms instead of their mean.
+        avg_num_nodes: divides the sum, with ``decompose``.
+
+    Raises:
+        TypeError: for another backbone.
+        ValueError: for fewer than one layer.
+    """
+
+    def __init__(
+        self,
+        backbone: EquiformerV2Backbone,
+        output_name: str = "stress",
+        decompose: bool = False,
+        edge_level_mlp: bool = False,
+        num_mlp_layers: int = 2,
+        use_source_target_embedding: bool = False,
+        extensive: bool = False,
+        avg_num_nodes: float = 1.0,
+    ) -> None:
+        _check_backbone(self, backbone)
+        if num_mlp_layers < 1:
+            msg = f"StressHead config: num_mlp_layers is {num_mlp_layers}, it must be at least 1"
+            raise ValueError(msg)
+        config = backbone.config
+        super().__init__(
+            config.lmax,
+            config.sphere_channels,
+            config.norm_type,
+            decompose=decompose,
+            edge_level=edge_level_mlp,
+            num_layers=num_mlp_layers,
+            both_ends=use_source_target_embedding,
+        )
+        self.output_name = output_name
+        self.extensive = extensive
+        self.avg_num_nodes = avg_num_nodes if decompose else 1.0
+        initialize(self.block, "uniform")
+        drop_derived(self)
+
+    def forward(self, data: Batch, emb: dict[str, Any]) -> dict[str, Tensor]:
+        """Predict.
+
+        Returns:
+            With ``decompose``, ``<output_name>_isotropic`` [B, 1] and ``<output_name>_anisotropic``
+            [B, 5]; else ``output_name`` [3 B, 3], one matrix below the other.
+        """
+        found = self.components(*rank2_inputs(emb))
+        if emb["edges"].gather is not None:
+            found = [gather_outputs(values) for values in found]
+        graph = emb["graph"]
+        divisor = self.avg_num_nodes if self.extensive else data.natoms[:, None]
+        parts = [segment_sum(v, graph.batch, graph.num_graphs) / divisor for v in found]
+        if not self.block.decompose:
+            return {self.output_name: parts[0].reshape(-1, 3)}
+        kinds = ("isotropic", "anisotropic")
+        return {f"{self.output_name}_{kind}": v for kind, v in zip(kinds, parts, strict=True)}
 
 
 _hydra_no_weight_decay = HydraModel.no_weight_decay

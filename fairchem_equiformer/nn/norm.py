@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.so3.layout import degree_slices, layout
 
@@ -39,6 +41,27 @@ def _scaled(x: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, lmax: 
     return torch.cat([y[:, :1] + bias, y[:, 1:]], dim=1)
 
 
+class _KeepInput(torch.autograd.Function):
+    """A norm that keeps its input alone for the backward pass and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, norm: _Norm, x: Tensor, *_: Tensor) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return norm.normalize(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        inputs = (x, *ctx.norm.parameters())
+        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            found = iter(torch.autograd.grad(ctx.norm.normalize(x), wanted, grad))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
 class _Norm(nn.Module):
     """Runs in float32 at least, also under autocast."""
 
@@ -49,10 +72,12 @@ class _Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [N, (lmax + 1)^2, C]."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self._normalize(x.to(next(self.parameters()).dtype))
+        parameters = tuple(self.parameters())
+        y: Tensor = _KeepInput.apply(self, x.to(parameters[0].dtype), *parameters)
+        return y
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
+        """The norm itself, by differentiable operations."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -68,7 +93,8 @@ class DegreeLayerNorm(_Norm):
         self.affine_weight = nn.Parameter(torch.ones(lmax + 1, channels))
         self.affine_bias = nn.Parameter(torch.zeros(channels))
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
+        """As the class says."""
         x = _center(x)
         inverse_std = (_mean_square_by_degree(x, self.lmax) + _EPSILON).rsqrt()
         return _scaled(x, inverse_std, self.affine_weight, self.affine_bias, self.lmax)
@@ -82,7 +108,8 @@ class SeparableLayerNorm(_Norm):
         self.norm_l0 = nn.LayerNorm(channels, eps=_EPSILON)
         self.affine_weight = nn.Parameter(torch.ones(lmax, channels))
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
+        """As the class says."""
         scalars = F.layer_norm(
             x[:, :1], (self.channels,), self.norm_l0.weight, self.norm_l0.bias, _EPSILON
         )
@@ -101,7 +128,8 @@ class RMSNorm(_Norm):
         self.affine_weight = nn.Parameter(torch.ones(lmax + 1, channels))
         self.affine_bias = nn.Parameter(torch.zeros(channels))
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
+        """As the class says."""
         x = _center(x)
         mean_square = _mean_square_by_degree(x, self.lmax).mean(dim=1, keepdim=True)
         inverse_std = (mean_square + _EPSILON).rsqrt()
