@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from glob import glob
 from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,8 +148,11 @@ def _check_data(file: Path, splits: dict[str, Config], mode: str) -> None:
         )
     for name, split in splits.items():
         key = f"dataset.{name}.src"
+        hint = f"set it there or by --{key}=PATH"
         if split.get("src") and split.get("format", "lmdb") in LMDB_FORMATS:
-            _check_lmdb(f"{file}: {key}", split["src"], hint=f"set it there or by --{key}=PATH")
+            _check_lmdb(f"{file}: {key}", split["src"], hint)
+        elif split.get("src") and split.get("format") == "ase_db":
+            _check_ase_db(f"{file}: {key}", split["src"], hint)
     for key, path in _statistics_files(splits["train"]):
         if not Path(path).is_file():
             raise InputError(
@@ -170,6 +174,17 @@ def _check_lmdb(where: str, src: str | list[str], hint: str) -> None:
     else:
         return
     raise InputError(f"{where}: {problem}. {_where_to_get(path)}If the data lie elsewhere, {hint}")
+
+
+def _check_ase_db(where: str, src: str | list[str], hint: str) -> None:
+    """Files, folders, patterns of files, or addresses of database servers."""
+    for name in [src] if isinstance(src, str) else src:
+        if "://" not in name and not glob(name):  # noqa: PTH207  # may be absolute
+            raise InputError(
+                f"{where}: no such database: {name} (looked from {Path.cwd()}). Make it with "
+                f"ase.db, or download OMat24 from https://huggingface.co/datasets/fairchem/OMAT24. "
+                f"If the data lie elsewhere, {hint}"
+            )
 
 
 def _where_to_get(path: Path) -> str:

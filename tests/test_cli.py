@@ -162,7 +162,7 @@ def handed_over(monkeypatch):
 
 
 def test_a_leading_main_changes_nothing(workspace, handed_over):
-    given = ["--mode", "train", "--config-yml", str(workspace / "config.yml"), "--seed", "3"]
+    given = ["--mode", "train", "--config-yml", str(workspace / "config.yml"), "--cpu", "--seed=3"]
     given += ["--optim.batch_size=1"]
     assert [main(given), main(["main", *given])] == [0, 0]
     assert handed_over[0] == handed_over[1]
@@ -173,7 +173,7 @@ def test_a_leading_main_changes_nothing(workspace, handed_over):
 def test_arguments_of_the_process_are_the_default(workspace, handed_over, monkeypatch):
     config = str(workspace / "config.yml")
     monkeypatch.setattr(
-        sys, "argv", ["fairchem", "main", "--mode", "train", "--config-yml", config]
+        sys, "argv", ["fairchem", "main", "--mode", "train", "--config-yml", config, "--cpu"]
     )
     assert main() == 0
     assert handed_over[0][0].config_yml == Path(config)
@@ -190,7 +190,8 @@ def test_sweeps_are_read(workspace, handed_over, tmp_path):
     sweep = tmp_path / "sweep.yml"
     sweep.write_text("optim: {lr_initial: [0.1, 0.2]}\nmodel.num_layers: [1]\n")
     config = str(workspace / "config.yml")
-    assert main(["--mode", "train", "--config-yml", config, "--sweep-yml", str(sweep)]) == 0
+    given = ["--mode", "train", "--config-yml", config, "--cpu", "--sweep-yml", str(sweep)]
+    assert main(given) == 0
     assert len(handed_over) == 1
     base = utils.load_config(config)[0] | {"identifier": "sweep"}
     configs = utils.create_grid(base, sweep)

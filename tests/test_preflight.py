@@ -96,6 +96,17 @@ def test_data_of_other_formats_are_left_to_their_class(fairchem, tiny_config):
     assert fairchem(tiny_config) == (0, "")
 
 
+def test_missing_ase_database(fairchem, tiny_config, tmp_path):
+    (tmp_path / "there.db").touch()
+    splits = tiny_config["dataset"]
+    splits["train"]["format"] = "ase_db"
+    for split in splits.values():
+        split["src"] = [str(tmp_path / "*.db"), "postgresql://host/base"]
+    assert fairchem(tiny_config) == (0, "")
+    splits["val"]["src"] = ["crystals.db"]
+    assert_one_line(fairchem(tiny_config), "dataset.val.src", "crystals.db", "ase.db")
+
+
 def test_folder_without_lmdb(fairchem, tiny_config, tmp_path):
     tiny_config["dataset"]["val"]["src"] = str(tmp_path)
     assert_one_line(fairchem(tiny_config), "dataset.val.src", "no .lmdb file", tmp_path)
