@@ -19,7 +19,7 @@ MARKERS = {"inference": "o", "training": "s", "neighbors": "^", "relaxation": "v
 
 
 def draw_scaling(ledger: Path, picture: Path) -> Path:
-    """Draw the rows of a ledger that are single structures, the newest where some are alike.
+    """Draw what a ledger has of single structures of several sizes; of equal ones the newest.
 
     Args:
         ledger: File of JSON lines that :mod:`benchmarks.compare` wrote.
@@ -38,6 +38,8 @@ def draw_scaling(ledger: Path, picture: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for (task, model, implementation), by_atoms in sorted(points.items()):
         atoms = sorted(by_atoms)
+        if len(atoms) == 1:
+            continue  # no curve; the table has it
         for axis, values in zip(axes, zip(*(by_atoms[n] for n in atoms), strict=True), strict=True):
             axis.plot(
                 atoms,
@@ -50,7 +52,7 @@ def draw_scaling(ledger: Path, picture: Path) -> Path:
     for axis, title in zip(axes, ("time of a call / s", "peak memory / GB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="atoms", title=title)
         axis.grid(visible=True, which="both", alpha=0.2)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     partial = picture.with_stem(f".{picture.stem}")
     figure.savefig(partial, dpi=150)
     plt.close(figure)
