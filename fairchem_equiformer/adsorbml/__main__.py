@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from fairchem_equiformer.adsorbml import ranking, relaxation, score, single_points
 from fairchem_equiformer.adsorbml.oc20_dense import read_oc20_dense
 from fairchem_equiformer.adsorbml.placements import SLAB, read_placements
-from fairchem_equiformer.files import write_json
+from fairchem_equiformer.files import replacing, write_json
 from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def _score(options: argparse.Namespace) -> None:
     ]
     text = score.table(runs, len(reference), options.threshold)
     write_json(options.out / "scores.json", score.to_json(runs, reference, options.threshold))
-    (options.out / "scores.md").write_text(f"{text}\n")
+    with replacing(options.out / "scores.md") as partial:
+        partial.write_text(f"{text}\n")
     score.plot(runs, options.out / "scores.png")
     _say(f"{text}\n\nwritten: scores.json, scores.md and scores.png in {options.out}")
     if unknown := {name for run in options.runs for name in ranking.read_ranking(run)} - set(

@@ -105,12 +105,12 @@ def atom_tags(data: Any, num_tags: int) -> Tensor:
             "the batch has no field 'tags', which use_tag_embedding: True reads: for each atom"
             " 0 (bulk), 1 (surface) or 2 (adsorbate)"
         )
-    structures = _read(data, use_pbc=False)
-    _check_shape("tags", tags, (len(structures.pos),))
+    _check_shape("tags", tags, (len(_field(data, "pos")),))
     whole = tags.long()
     unknown = (whole != tags) | (whole < 0) | (whole >= num_tags)
     if unknown.any():
         atom = int(unknown.nonzero()[0])
+        structures = _read(data, use_pbc=False)
         raise ValueError(
             f"{structures.atom_name(atom)}: tag {tags[atom].item()} is out of range; the embedding"
             f" of use_tag_embedding: True has 0 to {num_tags - 1}"
