@@ -10,10 +10,13 @@ row and implementation to ``<out>/results.jsonl`` and, with two sizes or more, d
     python -m benchmarks.compare --tasks neighbors --sizes 409 1609 10009
     python -m benchmarks.compare --implementations ours --sizes 409 1609 10009
     python -m benchmarks.compare --tasks relaxation --sizes 45
+    python -m benchmarks.compare --implementations stock ours escn gemnet_oc esen
 
-Structures are those of :func:`benchmarks.measure.slab`; ``4x45`` is a batch of four. All dropout
-is off. GEMM share is the time that an implementation's own matrix products would take at the rate
-of a large fp32 product in the same process, over the time that it took.
+Structures are those of :func:`benchmarks.measure.slab`; ``4x45`` is a batch of four. All dropout is
+off. fairchem's other models (:mod:`benchmarks.context`) have one published size each, whatever
+``--models`` says, and weights of their own: their results are not compared. GEMM share is the time
+that an implementation's own matrix products would take at the rate of a large fp32 product in the
+same process, over the time that it took.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
+from benchmarks.context import CONTEXT, refusal
 from benchmarks.plot import draw_scaling
 from benchmarks.spec import CLASSES, TASKS, Spec
 from benchmarks.table import WIDTH, Record, table
@@ -123,9 +127,9 @@ def measure_row(
 ) -> dict[str, Record]:
     """Return one record for each implementation, over all rounds.
 
-    Each record has ``difference``, from the first implementation's results, and the first
-    implementation's has ``spread``, between two rounds of its own: the stock model draws a random
-    roll of its edge frames at every call.
+    Of the implementations that share weights, each record has ``difference``, from the first one's
+    results, and the first one's has ``spread``, between two rounds of its own: the stock model
+    draws a random roll of its edge frames at every call.
     """
     with tempfile.TemporaryDirectory() as folder:
         template = Spec(
@@ -161,7 +165,9 @@ def measure_row(
             rounds[name].append(run_child(spec, options.timeout))
 
         records = {name: summary(rounds[name]) for name in names}
-        compare_results(records, Path(folder), options.rounds)
+        comparable = {name: records[name] for name in names if name not in CONTEXT}
+        if comparable:
+            compare_results(comparable, Path(folder), options.rounds)
     return records
 
 
@@ -187,6 +193,7 @@ def summary(records: list[Record]) -> Record:
             return record
     merged = {
         "atoms": records[0]["atoms"],
+        "parameters": records[0]["parameters"],
         "seconds": median(t for record in records for t in record["times"]),
         "cpu_seconds": median(t for record in records for t in record["cpu_times"]),
         "calls": sum(len(record["times"]) for record in records),
@@ -260,7 +267,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, default=["inference"])
     add("--models", nargs="+", default=["31M"], help="31M, 83M, 153M or config files")
     add("--sizes", nargs="+", type=size, default=[(1, 45), (1, 153), (1, 409)], help="45, 4x45")
-    add("--implementations", nargs="+", choices=CLASSES, default=["stock", "ours"])
+    choices = [*CLASSES, *CONTEXT]
+    add("--implementations", nargs="+", choices=choices, default=["stock", "ours"])
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--threads", type=int, default=2, help="CPU threads")
     add("--rounds", type=int, default=2, help="processes per implementation and row")
@@ -268,7 +276,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=900.0, help="seconds after which a process is given up")
     add("--memory", type=float, default=0.8 * available_gib(), help="GiB a process may take (CPU)")
     add("--out", type=Path, default=ROOT / "benchmarks/runs", help="folder of the results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, task in itertools.product(options.implementations, options.tasks):
+        if reason := refusal(name, task):
+            parser.error(reason)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Record]:

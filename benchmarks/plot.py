@@ -12,9 +12,15 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from benchmarks.table import read_ledger
+from benchmarks.table import model_of, read_ledger
 
-COLORS = {"stock": "tab:gray", "ours": "tab:blue"}
+COLORS = {
+    "stock": "tab:gray",
+    "ours": "tab:blue",
+    "escn": "tab:orange",
+    "gemnet_oc": "tab:green",
+    "esen": "tab:red",
+}
 MARKERS = {"inference": "o", "training": "s", "neighbors": "^", "relaxation": "v"}
 
 
@@ -31,7 +37,7 @@ def draw_scaling(ledger: Path, picture: Path) -> Path:
     points: dict[tuple[str, str, str], dict[int, tuple[float, float]]] = defaultdict(dict)
     for record in read_ledger(ledger):
         if record["copies"] == 1 and "failure" not in record:
-            curve = record["task"], record["model"], record["implementation"]
+            curve = record["task"], model_of(record), record["implementation"]
             figures = record["seconds"], record["peak_bytes"] / 1e9
             points[curve][record["atoms"]] = figures
 

@@ -16,9 +16,9 @@ class Spec:
     """What to measure.
 
     Attributes:
-        implementation: A key of :data:`CLASSES`.
+        implementation: A key of :data:`CLASSES` or of :data:`benchmarks.context.CONTEXT`.
         task: One of :data:`TASKS`.
-        config: YAML file whose ``model`` section gives the size.
+        config: YAML file whose ``model`` section gives the size of those in :data:`CLASSES`.
         atoms: Atoms of one structure, see :func:`slab`.
         batch: Structures in the batch.
         device: ``cpu`` or ``cuda``.
@@ -26,7 +26,7 @@ class Spec:
         seconds: Repeat the timed call until this much time has passed.
         round: Seeds what an implementation draws while it runs (the stock model's random roll).
         memory_limit: Bytes of memory that the process may allocate (CPU only).
-        weights: File of parameters; the first process to come writes it.
+        weights: File of the parameters that those share; the first process to come writes it.
         record: JSON file to write: times, bytes, FLOPs.
         results: File of tensors to write: what must be equal for every implementation.
     """

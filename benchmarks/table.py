@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.context import CONTEXT
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -34,6 +36,12 @@ def row_of(record: Record) -> tuple[str, str, int, int]:
     return record["task"], record["model"], record["copies"], record["atoms"]
 
 
+def model_of(record: Record) -> str:
+    """Return the size of the model that was measured."""
+    context = CONTEXT.get(record["implementation"])
+    return context.size if context else record["model"]
+
+
 def table(records: Iterable[Record], style: box.Box = box.HEAVY_HEAD) -> Table:
     """Return a table; ratios are the figure of a row's first implementation over this one's."""
     caption = "~: other work took the processors meanwhile; compare cpu_seconds in the ledger."
@@ -46,12 +54,13 @@ def table(records: Iterable[Record], style: box.Box = box.HEAVY_HEAD) -> Table:
         result.add_column(heading, justify="right")
     first: dict[tuple[str, str, int, int], Record] = {}
     for record in records:
-        task, model, copies, atoms = row = row_of(record)
+        task, _, copies, atoms = row = row_of(record)
         reference = first.setdefault(row, record)
         if reference is record:
             result.add_section()
         size = f"{copies} x {atoms}" if copies > 1 else f"{atoms}"
-        result.add_row(task, model, size, record["implementation"], *cells(record, reference))
+        work = task, model_of(record), size, record["implementation"]
+        result.add_row(*work, *cells(record, reference))
     return result
 
 

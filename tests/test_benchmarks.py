@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare
+from benchmarks import compare, context, measure
+from benchmarks.context import CONTEXT, refusal
 from benchmarks.measure import CountFlop, batch_of, saved_for_backward, slab
 from benchmarks.plot import draw_scaling
-from benchmarks.table import cells, read_ledger
+from benchmarks.spec import Spec
+from benchmarks.table import cells, read_ledger, table
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from benchmarks.table import Record
 
 TINY = {
     "name": "fairchem_equiformer.EquiformerV2",
@@ -136,6 +141,13 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert counted.flop == expected.get_total_flops()
 
 
+def test_flops_of_products_added_in_place() -> None:
+    x, weight = torch.randn(3, 8), torch.randn(8, 4)
+    with CountFlop() as counted:
+        torch.zeros(3, 4).addmm_(x, weight)
+    assert counted.flop == 2 * 3 * 8 * 4
+
+
 def test_ratios_are_of_the_first_implementation() -> None:
     common = {"flop": 3e9, "gemm_share": 0.2}
     stock = common | {"seconds": 6.0, "cpu_seconds": 12.0, "peak_bytes": 10**9}
@@ -162,6 +174,8 @@ def ledger(tmp_path: Path) -> Path:
     records = [
         {"implementation": "ours", "atoms": 45, "seconds": 1.0, "peak_bytes": 10**8},
         {"implementation": "ours", "atoms": 409, "seconds": 9.0, "peak_bytes": 10**8},
+        {"implementation": "esen", "atoms": 45, "seconds": 2.0, "peak_bytes": 10**8},
+        {"implementation": "esen", "atoms": 409, "seconds": 18.0, "peak_bytes": 10**9},
         {"implementation": "stock", "atoms": 409, "failure": "out of memory"},
     ]
     file.write_text("".join(json.dumps(common | record) + "\n" for record in records))
@@ -171,3 +185,107 @@ def ledger(tmp_path: Path) -> Path:
 def test_scaling_picture(ledger: Path, tmp_path: Path) -> None:
     picture = draw_scaling(ledger, tmp_path / "scaling.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def reduced(name: str) -> context.Context:
+    """Return one of fairchem's other models, small enough for a test."""
+    smaller = {
+        "escn": {"num_layers": 1, "sphere_channels": 8, "hidden_channels": 8, "lmax_list": [2]},
+        "gemnet_oc": {"num_blocks": 1, "emb_size_edge": 32, "emb_size_atom": 16},
+        "esen": {"num_layers": 1, "sphere_channels": 8, "hidden_channels": 8, "lmax": 2},
+    }[name]
+    config = CONTEXT[name].config
+    if "backbone" in config:
+        smaller = {"backbone": config["backbone"] | smaller}
+    return replace(CONTEXT[name], config=config | smaller)
+
+
+def context_spec(name: str, task: str, folder: Path) -> Spec:
+    return Spec(
+        implementation=name,
+        task=task,
+        config="",
+        atoms=45,
+        batch=1,
+        device="cpu",
+        threads=torch.get_num_threads(),
+        seconds=0.0,
+        round=0,
+        memory_limit=0,
+        weights="",
+        record=str(folder / "record.json"),
+        results=str(folder / "results.pt"),
+    )
+
+
+def installed(name: str) -> str:
+    """Return the name of a model of context, or skip the test and say why."""
+    if reason := refusal(name, "inference"):
+        pytest.skip(reason)
+    return name
+
+
+@pytest.mark.parametrize("task", ["inference", "training", "relaxation"])
+@pytest.mark.parametrize("name", CONTEXT)
+def test_context_models_do_each_task_or_are_refused_it(
+    name: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if task in CONTEXT[installed(name)].cannot:
+        assert refusal(name, task)
+        return
+    monkeypatch.setitem(CONTEXT, name, reduced(name))
+    work = measure.TASKS[task](context_spec(name, task, tmp_path))
+    outputs = work.forward()
+    work.finish(outputs)
+    results = work.results(outputs)
+    assert results["forces"].shape == (45, 3)
+    assert all(value.isfinite().all() for value in results.values())
+    assert results["forces"].any()
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+def test_context_models_have_their_published_size(name: str, tmp_path: Path) -> None:
+    model = measure.build(context_spec(installed(name), "inference", tmp_path))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"{parameters / 1e6:.0f}M" == CONTEXT[name].size
+
+
+def test_context_models_get_ratios_but_no_difference(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_here(spec: Spec, _: float) -> Record:
+        return json.loads(json.dumps(measure.measure(spec)))
+
+    monkeypatch.setitem(CONTEXT, "escn", reduced("escn"))
+    monkeypatch.setattr(compare, "run_child", run_here)
+    monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e10)
+    tiny.write_text(yaml.safe_dump({"model": TINY | {"num_layers": 1, "lmax_list": [2]}}))
+    command = ["--models", str(tiny), "--sizes", "45", "--out", str(tmp_path)]
+    quick = ["--rounds", "1", "--seconds", "0", "--threads", str(torch.get_num_threads())]
+    stock, escn = compare.main([*command, *quick, "--implementations", "stock", "escn"])
+
+    assert "difference" not in escn
+    assert 0 < escn["parameters"] < stock["parameters"]
+    figures = cells(escn, stock)
+    assert figures[1] == f"{stock['seconds'] / escn['seconds']:.1f}"
+    assert figures[-1] == ""
+
+    console = Console(width=200, record=True)
+    console.print(table([stock, escn]))
+    *_, row = (line for line in console.export_text().splitlines() if "escn" in line)
+    assert "52M" in row
+    assert "tiny" not in row
+
+
+def test_what_context_models_cannot_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        compare.parse(["--tasks", "inference", "neighbors", "--implementations", "ours", "escn"])
+    assert "escn cannot be measured at neighbors: it has no" in capsys.readouterr().err
+
+    monkeypatch.setattr(context, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit):
+        compare.parse(["--implementations", "stock", "gemnet_oc"])
+    assert "gemnet_oc needs the package torch-sparse" in capsys.readouterr().err
+    compare.parse(["--implementations", "stock", "ours", "escn", "esen"])
