@@ -33,15 +33,14 @@ def kernels() -> list[Extension]:
     except ImportError:
         return []
     flags = ["-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-Wno-psabi"]
+    flags.append("-fno-associative-math")  # the sigmoid rounds by adding a large number
     if platform.machine() == "x86_64":
         flags.append("-mrecip=vec-div")
     return [
         Extension(
             "fairchem_equiformer.ops.native._kernels",
-            sources=[
-                str(KERNELS / name) for name in ("s2_grid.cpp", "message.cpp", "aggregate.cpp")
-            ],
-            depends=[str(KERNELS / name) for name in ("simd.h", "rows.h")],
+            sources=sorted(map(str, KERNELS.glob("*.cpp"))),
+            depends=sorted(map(str, KERNELS.glob("*.h"))),
             extra_compile_args=flags,
             # OpenMP is torch's own, found through it: a second one would spin on the same cores.
             # Not -fopenmp here, which links another, nor -ffast-math, which changes the process.

@@ -11,9 +11,22 @@ from hypothesis import strategies as st
 
 from fairchem_equiformer.ops import native
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
+from fairchem_equiformer.ops.attention_weights import (
+    attention_logits,
+    attention_softmax,
+    attention_softmax_backward,
+)
 from fairchem_equiformer.ops.edges import prepare_edges
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.message import message, message_backward
+from fairchem_equiformer.ops.native import loader
+from fairchem_equiformer.ops.radial import (
+    EdgeScalars,
+    GaussianBasis,
+    RadialTables,
+    RadialWeights,
+    radial_function,
+)
 from fairchem_equiformer.ops.rotate import chunk_frames
 from fairchem_equiformer.ops.s2_activation import s2_activation
 from fairchem_equiformer.so3.grid import grid
@@ -27,7 +40,7 @@ SINGLE = torch.float32
 
 @pytest.fixture(autouse=True)
 def _the_library_is_there():
-    assert native.library() is not None
+    assert loader.library() is not None
 
 
 def in_both_ways(monkeypatch_context, function, *inputs):
@@ -36,7 +49,7 @@ def in_both_ways(monkeypatch_context, function, *inputs):
     for kernels in (True, False):
         with monkeypatch_context() as patch:
             if not kernels:
-                patch.setattr(native, "library", lambda: None)
+                patch.setattr(loader, "library", lambda: None)
             leaves = [x.detach().clone().requires_grad_() for x in inputs]
             value = function(*leaves)
             flow = torch.linspace(-1, 1, value.numel()).view(value.shape)
@@ -96,7 +109,7 @@ def test_messages(degrees, channels, by_degree, seed):
         for kernels in (True, False):
             with pytest.MonkeyPatch.context() as patch:
                 if not kernels:
-                    patch.setattr(native, "library", lambda: None)
+                    patch.setattr(loader, "library", lambda: None)
                 x_grad = torch.ones_like(x)
                 scaled, sent = message(x, frames, radial, sizes, by_degree=by_degree)
                 assert (sent.rotated is None) == kernels
@@ -130,23 +143,128 @@ def test_aggregate(degrees, wanted, heads, channels, seed):
         for kernels in (True, False):
             with pytest.MonkeyPatch.context() as patch:
                 if not kernels:
-                    patch.setattr(native, "library", lambda: None)
+                    patch.setattr(loader, "library", lambda: None)
                 result = aggregate(values, alpha, frames, out)
                 found.append((result, *aggregate_backward(grad, values, alpha, frames, out)))
         for ours, expected in zip(*found, strict=True):
             assert_close(ours, expected, "rotate")
 
 
-def test_threads_change_no_bit():
-    sphere = grid(layout(4, 2), 18, SINGLE, CPU)
-    x = torch.randn(7, 19, 64)
+@settings(deadline=None, max_examples=40)
+@given(
+    heads=st.sampled_from([1, 3, 8]),
+    channels=st.sampled_from([16, 32, 64]),
+    edges=st.integers(0, 9),
+    norm=st.booleans(),
+    scale=st.sampled_from([1.0, 30.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_attention_logits(heads, channels, edges, norm, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=generator)
+    # With other columns after them, as the first SO(2) layer leaves them.
+    scalars = draw(edges, heads * channels + 5) * scale
+    weights = [draw(heads, channels)] + [draw(channels) for _ in range(2 * norm)]
+
+    def function(scalars, dot, *norm):
+        rows = scalars[:, :-5].unflatten(1, (heads, channels))
+        return attention_logits(rows, norm or None, dot)
+
+    rows = scalars[:, :-5].unflatten(1, (heads, channels))
+    assert native.logit_kernels(rows, weights[1:] or None, weights[0], 1e-5) is not None
+    for ours, expected in in_both_ways(pytest.MonkeyPatch.context, function, scalars, *weights):
+        assert_close(ours, expected, "activation")
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    degrees=st.lists(st.integers(0, 5), min_size=1, max_size=6),
+    heads=st.sampled_from([1, 3, 8]),
+    scale=st.sampled_from([1.0, 300.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_attention_softmax(degrees, heads, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    edges = prepare_edges(make_graph(degrees), layout(1, 1), 16, SINGLE, max_edges=4)
+    for chunk in edges.chunks:
+        frames = chunk_frames(edges, chunk)
+        logits = torch.randn(len(frames.source), heads, generator=generator) * scale
+        grad = torch.randn(logits.shape, generator=generator)
+        found = []
+        for kernels in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                if not kernels:
+                    patch.setattr(loader, "library", lambda: None)
+                alpha = attention_softmax(logits, frames)
+                found.append((alpha, attention_softmax_backward(alpha, grad, frames)))
+        for ours, expected in zip(*found, strict=True):
+            assert_close(ours, expected, "segments")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_basis=st.sampled_from([2, 17, 50, 600]),
+    hidden=st.sampled_from([16, 64, 128]),
+    width=st.sampled_from([0.5, 2.0]),
+    embeddings=st.booleans(),
+    distances=st.lists(st.floats(0.01, 14), max_size=70),
+    seed=st.integers(0, 2**31),
+)
+def test_radial_function(num_basis, hidden, width, embeddings, distances, seed):
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=generator)
+    spacing = 12 / (num_basis - 1)
+    basis = GaussianBasis(torch.linspace(0, 12, num_basis), -0.5 / (width * spacing) ** 2)
+    distance = torch.tensor(distances, dtype=SINGLE)
+    elements = torch.randint(0, 9, (2, len(distances)), generator=generator)
+    tables = [draw(9, 8), draw(9, 8)] if embeddings else []
+    columns = num_basis + 8 * len(tables)
+    shapes = [(hidden, columns), *[(hidden,)] * 3, (hidden, hidden), *[(hidden,)] * 3]
+    weights = [*tables, *(draw(*shape) for shape in (*shapes, (6, hidden), (6,)))]
+
+    def function(*weights):
+        if not embeddings:
+            weights = None, None, *weights
+        scalars = EdgeScalars(distance, *elements)
+        return radial_function(scalars, RadialTables.of(RadialWeights(*weights)), basis)
+
+    for ours, expected in in_both_ways(pytest.MonkeyPatch.context, function, *weights):
+        assert_close(ours, expected, "radial")
+
+
+def test_kernels_of_the_radial_function_are_used():
+    centers, matrix = torch.linspace(0, 12, 600), torch.zeros(600, 128)
+    assert native.gaussian_kernels(centers[:3], matrix, centers, -312.0, -40.0) is not None
+    x = torch.zeros(3, 128)
+    assert native.norm_silu_kernels(x, x[0], x[0], 1e-5) is not None
+
+
+def s2_of(x):
+    return s2_activation(x.view(-1, 19, 64), grid(layout(4, 2), 18, SINGLE, CPU))
+
+
+def logits_of(x):
+    return attention_logits(x.view(-1, 8, 16), (x[0, :16], x[0, 16:32]), x[1, :128].view(8, 16))
+
+
+def radial_of(x):
+    basis = GaussianBasis(torch.linspace(0, 12, 600), -1250.0)
+    distance = torch.linspace(0.5, 12, 150)
+    weights = [x[:64, :600], *x[0, :192].view(3, 64), x[:64, :64], *x[1, :192].view(3, 64)]
+    tables = RadialTables.of(RadialWeights(None, None, *weights, x[:7, :64], x[0, :7]))
+    return radial_function(EdgeScalars(distance, None, None), tables, basis)
+
+
+@pytest.mark.parametrize("function", [s2_of, logits_of, radial_of])
+def test_threads_change_no_bit(function):
+    x = torch.randn(64, 19 * 64)
     threads = torch.get_num_threads()
     try:
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             leaf = x.clone().requires_grad_()
-            y = s2_activation(leaf, sphere)
+            y = function(leaf)
             found.append((y, *torch.autograd.grad(y.sum(), leaf)))
     finally:
         torch.set_num_threads(threads)
@@ -175,27 +293,27 @@ def test_loading_the_library_leaves_subnormal_numbers_alone():
 class TestChoice:
     @pytest.fixture(autouse=True)
     def _fresh(self):
-        native.library.cache_clear()
+        loader.library.cache_clear()
         yield
-        native.library.cache_clear()
+        loader.library.cache_clear()
 
     def test_reference(self, monkeypatch):
-        monkeypatch.setenv(native.VARIABLE, "reference")
-        assert native.library() is None
+        monkeypatch.setenv(loader.VARIABLE, "reference")
+        assert loader.library() is None
 
     def test_unknown(self, monkeypatch):
-        monkeypatch.setenv(native.VARIABLE, "fast")
+        monkeypatch.setenv(loader.VARIABLE, "fast")
         with pytest.raises(ValueError, match="FAIRCHEM_EQUIFORMER_KERNELS is 'fast', it must be"):
-            native.library()
+            loader.library()
 
     def test_missing_library(self, monkeypatch, tmp_path, caplog):
         """`auto` says so once and goes on; `native` does not."""
-        monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
-        assert native.library() is None
-        assert native.library() is None
+        monkeypatch.setattr(loader, "__file__", str(tmp_path / "loader.py"))
+        assert loader.library() is None
+        assert loader.library() is None
         (record,) = caplog.records
         assert "install this package again" in record.message
-        native.library.cache_clear()
-        monkeypatch.setenv(native.VARIABLE, "native")
+        loader.library.cache_clear()
+        monkeypatch.setenv(loader.VARIABLE, "native")
         with pytest.raises(RuntimeError, match="'native', but the compiled kernels cannot be load"):
-            native.library()
+            loader.library()

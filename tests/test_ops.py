@@ -23,6 +23,7 @@ from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.radial import (
     EdgeScalars,
     GaussianBasis,
+    RadialTables,
     RadialWeights,
     gaussians,
     radial_function,
@@ -383,7 +384,7 @@ def test_radial_function(degrees, embeddings, device):
     numbers = graph.atomic_numbers
     scalars = EdgeScalars(graph.distance, numbers[graph.source], numbers[graph.target])
     leaves = on(device, radial_parameters(40, 6, embeddings=embeddings))
-    found = radial_function(scalars, radial_weights(leaves), basis)
+    found = radial_function(scalars, RadialTables.of(radial_weights(leaves)), basis)
     expected = reference.radial_function(graph, basis, leaves, {})
     assert_close(found, expected, "radial")
     assert_all_close(gradients(found, leaves), gradients(expected, leaves), "radial")
@@ -396,7 +397,9 @@ def test_radial_function_in_float32():
     scalars = EdgeScalars(graph.distance.float(), numbers[graph.source], numbers[graph.target])
     basis = make_basis(40)
     found = radial_function(
-        scalars, radial_weights(single), basis._replace(centers=basis.centers.float())
+        scalars,
+        RadialTables.of(radial_weights(single)),
+        basis._replace(centers=basis.centers.float()),
     )
     assert_close(found, reference.radial_function(graph, basis, leaves, {}), "radial")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fairchem_equiformer.nn.so3_linear import SO3Linear
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
-from fairchem_equiformer.ops.s2_activation import s2_activation
+from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
 from fairchem_equiformer.ops.so3_linear import so3_linear
 from fairchem_equiformer.ops.touch import touch
 from fairchem_equiformer.so3.grid import Grid, grid
@@ -111,8 +111,8 @@ class FeedForward(nn.Module):
             return gate_activation(h, self.gating_linear(x[:, 0]), rows)
         if kind == "s2":
             return s2_activation(h, self._grid(h, "all"))
-        scalars = F.silu(self._of_scalars(self.gating_linear, x)).to(h.dtype)
-        return torch.cat([scalars, s2_activation(h, self._grid(h, "others"))], dim=1)
+        gates = self._of_scalars(self.gating_linear, x)[:, 0].to(h.dtype)
+        return separable_s2_activation(h, gates, self._grid(h, "others"))
 
     def _scalars(self, x: Tensor) -> Tensor:
         """l = 0 after the non-linearity, [N, 1, hidden]: often without the other degrees."""

@@ -32,7 +32,7 @@ def aggregate(values: Tensor, alpha: Tensor, frames: ChunkFrames, layout: Layout
     rescale = alpha.new_tensor(layout.truncation_rescale)
     kernels = aggregate_kernels(values, alpha, frames.layout, layout)
     if kernels is not None:
-        return kernels.forward(frames.compact, values, alpha, rescale, frames.target_ptr())
+        return kernels.forward(frames.compact, values, alpha, rescale, frames.target_ptr)
     weighted = _weighted(values, alpha)
     return rotate_back_and_sum(weighted, frames, rescale, frames.rotation_of(layout))
 

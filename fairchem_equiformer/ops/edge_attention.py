@@ -20,18 +20,28 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
+from fairchem_equiformer.ops.attention_weights import (
+    attention_logits,
+    attention_softmax,
+    attention_softmax_backward,
+)
 from fairchem_equiformer.ops.edges import Edges
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.message import Message, message, message_backward
-from fairchem_equiformer.ops.radial import Basis, RadialWeights, radial_function
+from fairchem_equiformer.ops.radial import (
+    Basis,
+    RadialGradient,
+    RadialTables,
+    RadialWeights,
+    radial_function,
+)
 from fairchem_equiformer.ops.rotate import ChunkFrames, chunk_frames
-from fairchem_equiformer.ops.s2_activation import s2_activation
-from fairchem_equiformer.ops.segments import Chunk, segment_softmax, segment_sum
+from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
+from fairchem_equiformer.ops.segments import Chunk
 from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import Layout
@@ -93,24 +103,6 @@ class AttentionWeights(NamedTuple):
         )
 
 
-def attention_logits(scalars: Tensor, weights: AttentionWeights) -> Tensor:
-    """z = a . SmoothLeakyReLU(LN(s)) for every head, in float32 at least.
-
-    The smooth leaky ReLU with slope 0.2 on the left is 0.6 s + 0.4 s (2 sigmoid(s) - 1).
-
-    Args:
-        scalars: [E, heads, alpha_channels].
-
-    Returns:
-        [E, heads].
-    """
-    s = scalars.to(weights.alpha_dot.dtype)
-    if weights.alpha_norm is not None:
-        s = F.layer_norm(s, s.shape[2:], *weights.alpha_norm)
-    s = 0.6 * s + 0.4 * s * (2 * torch.sigmoid(s) - 1)
-    return (s * weights.alpha_dot).sum(-1)
-
-
 def activate(
     hidden: Tensor, spec: AttentionSpec, weights: AttentionWeights, layout: Layout
 ) -> tuple[Tensor, Tensor]:
@@ -127,14 +119,14 @@ def activate(
     num_gates = hidden.shape[1] - num_alpha - num_features
     alpha, gates, features = hidden.split([num_alpha, num_gates, num_features], dim=1)
     x = features.unflatten(1, (layout.num_rows, spec.hidden_channels))
-    logits = attention_logits(alpha.unflatten(1, (spec.num_heads, -1)), weights)
+    scalars = alpha.unflatten(1, (spec.num_heads, -1))
+    logits = attention_logits(scalars, weights.alpha_norm, weights.alpha_dot)
     if spec.activation == "gate":
         return gate_activation(x, gates, layout.m_major).flatten(1), logits
     sphere = partial(grid, layout, spec.grid_resolution, x.dtype, x.device)
     if spec.activation == "s2":
         return s2_activation(x, sphere()).flatten(1), logits
-    vectors = s2_activation(x, sphere(wanted="others"))
-    return torch.cat([F.silu(gates), vectors.flatten(1)], dim=1), logits
+    return separable_s2_activation(x, gates, sphere(wanted="others")).flatten(1), logits
 
 
 @dataclass(frozen=True)
@@ -146,8 +138,8 @@ class _Layer:
     basis: Basis
     dtype: torch.dtype  # of the matrix products; rotations, softmax and sums keep the features'
 
-    def radial(self, chunk: Chunk, weights: RadialWeights, channels: int) -> Tensor:
-        out = radial_function(self.edges.scalars.of(chunk.edges), weights, self.basis)
+    def radial(self, chunk: Chunk, tables: RadialTables, channels: int) -> Tensor:
+        out = radial_function(self.edges.scalars.of(chunk.edges), tables, self.basis)
         return out.view(len(out), out.shape[1] // (2 * channels), 2 * channels)
 
     def message(self, x: Tensor, chunk: Chunk, radial: Tensor) -> tuple[Tensor, Message]:
@@ -194,14 +186,15 @@ def _forward(
     channels = spec.num_heads * spec.value_channels
     out = x.new_empty(layer.edges.num_rows, out_layout.num_coefficients, channels)
     conv = _Convolutions.of(weights, layer.dtype)
+    tables = RadialTables.of(weights.radial)
     for chunk in layer.edges.chunks:
-        radial = layer.radial(chunk, weights.radial, x.shape[2])
+        radial = layer.radial(chunk, tables, x.shape[2])
         scaled, (frames, *_) = layer.message(x, chunk, radial)
         hidden = so2_linear(scaled, conv.first, conv.first_bias)
         if kept is not None:
             kept[chunk.edges] = hidden
         features, logits = activate(hidden, spec, weights, layer.edges.layout)
-        alpha = segment_softmax(logits, frames.target, frames.num_nodes)
+        alpha = attention_softmax(logits, frames)
         if mask is not None:
             alpha = alpha * mask[chunk.edges]
         values = layer.by_head(so2_linear(features, conv.second, conv.second_bias))
@@ -237,7 +230,7 @@ class _EdgeAttention(torch.autograd.Function):
             for chunk in ctx.layer.edges.chunks:
                 chunk_mask = None if mask is None else mask[chunk.edges]
                 backward.add(chunk, grad[chunk.rows], kept[chunk.edges], chunk_mask)
-        return None, None, None, backward.x_grad, *backward.sums
+        return None, None, None, backward.x_grad, *backward.total()
 
 
 class _Backward:
@@ -249,11 +242,17 @@ class _Backward:
         self.layer = layer
         self.x = x
         self.x_grad = torch.zeros_like(x)
-        self.sums = [None if t is None else torch.zeros_like(t) for t in tensors]
+        sums = [None if t is None else torch.zeros_like(t) for t in tensors]
         leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-        self._sums = AttentionWeights.unflatten(self.sums, num_conv_1)
+        self._sums = AttentionWeights.unflatten(sums, num_conv_1)
         self._weights = AttentionWeights.unflatten(leaves, num_conv_1)
         self._conv = _Convolutions.of(self._weights, layer.dtype)
+        self._radial = RadialGradient(self._weights.radial)
+
+    def total(self) -> list[Tensor | None]:
+        """Gradients of the weights, in their fixed order."""
+        radial = RadialWeights(*self._radial.total())  # type: ignore[arg-type]
+        return self._sums._replace(radial=radial).flatten()
 
     def add(self, chunk: Chunk, grad: Tensor, hidden: Tensor, mask: Tensor | None) -> None:
         """Add what one chunk contributes.
@@ -263,9 +262,9 @@ class _Backward:
             hidden: [e, ...], the first SO(2) layer's output.
             mask: [e, heads] or None.
         """
-        layer, weights = self.layer, self._weights
+        layer = self.layer
         with torch.enable_grad():
-            radial = layer.radial(chunk, weights.radial, self.x.shape[2])
+            radial = layer.radial(chunk, self._radial.tables, self.x.shape[2])
         scaled, sent = layer.message(self.x, chunk, radial.detach())
         hidden_grad = self._through_values(sent.frames, grad, hidden, mask)
         scaled_grad = self._linear(
@@ -273,7 +272,7 @@ class _Backward:
         )
         del scaled, hidden_grad  # a tenth of a chunk's memory at its peak, which follows
         radial_grad = layer.message_backward(scaled_grad, sent, self.x, self.x_grad)
-        self._differentiate((radial,), (radial_grad,), weights.radial, self._sums.radial)
+        self._radial.add(radial, radial_grad)
 
     def _through_values(
         self, frames: ChunkFrames, grad: Tensor, hidden: Tensor, mask: Tensor | None
@@ -307,16 +306,15 @@ class _Backward:
     ) -> tuple[Tensor, Tensor]:
         """Backward of softmax, product with the values, and sum: gradients of values and logits."""
         layer = self.layer
-        alpha = segment_softmax(logits.detach(), frames.target, frames.num_nodes)
+        alpha = attention_softmax(logits.detach(), frames)
         factor = alpha if mask is None else alpha * mask
         values_grad, alpha_grad = aggregate_backward(
             grad, layer.by_head(values), factor, frames, layer.spec.out_layout
         )
         if mask is not None:
             alpha_grad = alpha_grad * mask
-        flow = alpha * alpha_grad
-        total = segment_sum(flow, frames.target, frames.num_nodes)
-        return values_grad.flatten(1).to(layer.dtype), flow - alpha * total[frames.target]
+        logits_grad = attention_softmax_backward(alpha, alpha_grad, frames)
+        return values_grad.flatten(1).to(layer.dtype), logits_grad
 
     def _linear(
         self,

@@ -14,16 +14,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.edges import Edges
-from fairchem_equiformer.ops.radial import Basis, RadialWeights, radial_function
+from fairchem_equiformer.ops.radial import (
+    Basis,
+    RadialGradient,
+    RadialTables,
+    RadialWeights,
+    radial_function,
+)
 from fairchem_equiformer.ops.rotate import chunk_frames, rotate_back_and_sum
 from fairchem_equiformer.ops.segments import Chunk
 
 
-def _embed(edges: Edges, chunk: Chunk, basis: Basis, weights: RadialWeights) -> Tensor:
+def _embed(edges: Edges, chunk: Chunk, basis: Basis, tables: RadialTables) -> Tensor:
     """Sum over the edges of one chunk: [n, K, C]."""
     frames = chunk_frames(edges, chunk)
     num_degrees = edges.layout.num_degrees(0)
-    radial = radial_function(edges.scalars.of(chunk.edges), weights, basis)
+    radial = radial_function(edges.scalars.of(chunk.edges), tables, basis)
     messages = radial.view(len(radial), num_degrees, radial.shape[1] // num_degrees)
     rescale = messages.new_tensor(edges.layout.truncation_rescale)
     return rotate_back_and_sum(messages, frames, rescale, frames.rotation[:, :num_degrees])  # m = 0
@@ -40,25 +46,20 @@ class _EdgeDegreeEmbedding(torch.autograd.Function):
         channels = len(radial_weights.bias_3) // edges.layout.num_degrees(0)
         shape = (edges.num_rows, edges.layout.num_coefficients, channels)
         out = radial_weights.bias_3.new_zeros(shape)
+        tables = RadialTables.of(radial_weights)
         for chunk in edges.chunks:
-            out[chunk.rows] = _embed(edges, chunk, basis, radial_weights)
+            out[chunk.rows] = _embed(edges, chunk, basis, tables)
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights = [None if w is None else w.detach().requires_grad_() for w in ctx.saved_tensors]
-        wanted = [w for w in weights if w is not None]
-        totals = [torch.zeros_like(w) for w in wanted]
+        sums = RadialGradient(RadialWeights(*ctx.saved_tensors))
         for chunk in ctx.edges.chunks:
             with torch.enable_grad():
-                part = _embed(ctx.edges, chunk, ctx.basis, RadialWeights(*weights))  # type: ignore[arg-type]
-            for total, piece in zip(
-                totals, torch.autograd.grad(part, wanted, grad[chunk.rows]), strict=True
-            ):
-                total.add_(piece)
-        found = iter(totals)
-        return None, None, *(None if w is None else next(found) for w in weights)
+                part = _embed(ctx.edges, chunk, ctx.basis, sums.tables)
+            sums.add(part, grad[chunk.rows])
+        return None, None, *sums.total()
 
 
 def edge_degree_embedding(

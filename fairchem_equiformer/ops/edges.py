@@ -30,6 +30,7 @@ class Edges:
     scalars: EdgeScalars
     source: Tensor  # [E], atom in the batch
     target: Tensor  # [E], atom in the batch, ascending
+    target_ptr: Tensor  # [rows + 1], edges of the i-th of them
     layout: Layout  # degrees and orders kept in the edge frame
     rotations: Tensor  # [E, n], compact; see so3/wigner.py
     chunks: tuple[Chunk, ...]
@@ -85,6 +86,7 @@ def prepare_edges(
     rows = rows or slice(0, graph.num_nodes)
     pointers = graph.target_ptr[rows.start : rows.stop + 1]
     kept = slice(int(pointers[0]), int(pointers[-1]))
+    pointers = pointers - pointers[0]
     source, target = graph.source[kept], graph.target[kept]
     scalars = EdgeScalars(
         graph.distance[kept].to(dtype), graph.atomic_numbers[source], graph.atomic_numbers[target]
@@ -93,9 +95,10 @@ def prepare_edges(
         scalars,
         source,
         target,
+        pointers,
         layout,
         edge_rotations(graph.vector[kept], layout, dtype),
-        target_chunks(pointers - pointers[0], max_edges, rows.start),
+        target_chunks(pointers, max_edges, rows.start),
         rows,
         graph.batch[rows],
         graph.num_graphs,

@@ -44,7 +44,15 @@ class _GridMLP(torch.autograd.Function):
         x_grad = torch.empty_like(x)
         weight_grad = torch.zeros_like(weight)
         silu_backward = torch.ops.aten.silu_backward
+        kernels = grid_kernels(grid, x)
         for piece in _pieces(x, grid):
+            if kernels is not None:
+                first = kernels.samples(x[piece])
+                mixed = _mix(first, weight.t())
+                mixed_grad = kernels.integral_backward(mixed, grad[piece])
+                weight_grad.addmm_(mixed_grad.flatten(0, 1).t(), first.flatten(0, 1))
+                x_grad[piece] = kernels.samples_backward(x[piece], _mix(mixed_grad, weight))
+                continue
             samples = project(grid.to_grid, x[piece])
             first = F.silu(samples)
             second_grad = project(grid.from_grid, grad[piece])

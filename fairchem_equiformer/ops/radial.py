@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairchem_equiformer.ops.native import GaussianKernels, gaussian_kernels, norm_silu_kernels
 
 # Nothing beside 1 (4e-18). Of smaller values come subnormal numbers, ten times as slow.
 _LEAST_EXPONENT = -40.0
+_EPSILON = 1e-5  # of the layer norms
 
 
 class GaussianBasis(NamedTuple):
@@ -68,6 +73,11 @@ class EdgeScalars(NamedTuple):
         """The same for some of the edges."""
         return EdgeScalars(*(field[edges] for field in self))
 
+    @property
+    def elements(self) -> tuple[Tensor, Tensor]:
+        """Of source and target."""
+        return self.source_element, self.target_element
+
 
 def gaussians(distance: Tensor, basis: Basis) -> Tensor:
     """All Gaussians of the basis at each distance: [E] Angstrom to [E, B]."""
@@ -78,28 +88,159 @@ def gaussians(distance: Tensor, basis: Basis) -> Tensor:
     return basis.height * torch.exp((-offset.square()).clamp(min=_LEAST_EXPONENT))
 
 
-def radial_function(edges: EdgeScalars, weights: RadialWeights, basis: Basis) -> Tensor:
+class RadialTables(NamedTuple):
+    """What the edges read of the weights, made once for all of them; fields as above."""
+
+    gaussians: Tensor  # [B, H], weights of the first layer
+    source: Tensor | None  # [elements, H], embedding times weight
+    target: Tensor | None
+    bias_1: Tensor
+    norm_1_weight: Tensor
+    norm_1_bias: Tensor
+    weight_2: Tensor
+    bias_2: Tensor
+    norm_2_weight: Tensor
+    norm_2_bias: Tensor
+    weight_3: Tensor
+    bias_3: Tensor
+    slope: Tensor | None
+    shift: Tensor | None
+    height: Tensor | None
+
+    @classmethod
+    def of(cls, weights: RadialWeights) -> RadialTables:
+        """Differentiable."""
+        first, rest = weights.weight_1, weights[3:]
+        if weights.source_embedding is None or weights.target_embedding is None:
+            return cls(first.t().contiguous(), None, None, *rest)
+        width = weights.source_embedding.shape[1]
+        parts = first.split([first.shape[1] - 2 * width, width, width], dim=1)
+        source = torch.mm(weights.source_embedding, parts[1].t())
+        target = torch.mm(weights.target_embedding, parts[2].t())
+        return cls(parts[0].t().contiguous(), source, target, *rest)
+
+
+class RadialGradient:
+    """Gradient of the weights: summed over the edges for the tables, then taken through them."""
+
+    def __init__(self, weights: RadialWeights) -> None:
+        self._leaves = _leaves(weights)
+        with torch.enable_grad():
+            self._made = RadialTables.of(RadialWeights(*self._leaves))  # type: ignore[arg-type]
+        self.tables = RadialTables(*_leaves(self._made))  # type: ignore[arg-type]
+        self._sums = [torch.zeros_like(t) for t in self.tables if t is not None]
+
+    def add(self, radial: Tensor, grad: Tensor) -> None:
+        """Add what some edges contribute: their radial function of the tables, and its gradient."""
+        wanted = [t for t in self.tables if t is not None]
+        for total, part in zip(self._sums, torch.autograd.grad(radial, wanted, grad), strict=True):
+            total.add_(part)
+
+    def total(self) -> list[Tensor | None]:
+        """In the order of the weights."""
+        made = [t for t in self._made if t is not None]
+        wanted = [t for t in self._leaves if t is not None]
+        found = iter(torch.autograd.grad(made, wanted, self._sums))
+        return [None if t is None else next(found) for t in self._leaves]
+
+
+def _leaves(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().requires_grad_() for t in tensors]
+
+
+def _gaussian_kernels(
+    edges: EdgeScalars, matrix: Tensor, basis: GaussianBasis
+) -> GaussianKernels | None:
+    return gaussian_kernels(
+        edges.distance, matrix, basis.centers, basis.coefficient, _LEAST_EXPONENT
+    )
+
+
+class _FirstLayer(torch.autograd.Function):
+    """With the compiled kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        edges: EdgeScalars,
+        basis: GaussianBasis,
+        matrix: Tensor,
+        bias: Tensor,
+        *tables: Tensor,
+    ) -> Tensor:
+        ctx.edges, ctx.basis = edges, basis
+        ctx.save_for_backward(matrix, *tables)
+        kernels = _gaussian_kernels(edges, matrix, basis)
+        assert kernels is not None  # noqa: S101  # _first_layer has asked
+        return kernels.forward(
+            edges.distance, matrix, bias, list(zip(tables, edges.elements, strict=False))
+        )
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        matrix, *tables = ctx.saved_tensors
+        edges, basis = ctx.edges, ctx.basis
+        kernels = _gaussian_kernels(edges, matrix, basis)
+        assert kernels is not None  # noqa: S101
+        found = [
+            torch.zeros_like(table).index_add_(0, element, grad)
+            for table, element in zip(tables, edges.elements, strict=False)
+        ]
+        return None, None, kernels.backward(edges.distance, grad), grad.sum(0), *found
+
+
+def _first_layer(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> Tensor:
+    """Weights times (Gaussians, source and target embedding), plus bias: [E, H]."""
+    looked_up = [table for table in (tables.source, tables.target) if table is not None]
+    if isinstance(basis, GaussianBasis) and _gaussian_kernels(edges, tables.gaussians, basis):
+        out: Tensor = _FirstLayer.apply(edges, basis, tables.gaussians, tables.bias_1, *looked_up)
+        return out
+    hidden = gaussians(edges.distance, basis) @ tables.gaussians
+    for table, element in zip(looked_up, edges.elements, strict=False):
+        hidden = hidden + table[element]
+    return hidden + tables.bias_1
+
+
+class _NormSiLU(torch.autograd.Function):
+    """With the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        kernels = norm_silu_kernels(x, weight, bias, _EPSILON)
+        assert kernels is not None  # noqa: S101  # _norm_silu has asked
+        return kernels.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias = ctx.saved_tensors
+        kernels = norm_silu_kernels(x, weight, bias, _EPSILON)
+        assert kernels is not None  # noqa: S101
+        return kernels.backward(x, weight, bias, grad)
+
+
+def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU of the layer norm of x [E, H]."""
+    if norm_silu_kernels(x, weight, bias, _EPSILON):
+        out: Tensor = _NormSiLU.apply(x, weight, bias)
+        return out
+    return F.silu(F.layer_norm(x, x.shape[1:], weight, bias, _EPSILON))
+
+
+def radial_function(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> Tensor:
     """Two hidden layers with layer norm and SiLU on (Gaussians, source and target embedding).
 
-    Of the first layer, the part of the embeddings is a lookup in two tables, embedding times
-    weight, with a row per element. Learned Gaussians are those of ``weights`` where it has any.
+    Learned Gaussians are those of ``tables`` where it has any.
 
     Returns:
         [E, out].
     """
-    if weights.slope is not None and weights.shift is not None and weights.height is not None:
-        basis = LearnedGaussians(weights.slope, weights.shift, weights.height)
-    expanded = gaussians(edges.distance, basis)
-    num_basis = expanded.shape[1]
-    hidden = expanded @ weights.weight_1[:, :num_basis].t()
-    if weights.source_embedding is not None and weights.target_embedding is not None:
-        width = weights.source_embedding.shape[1]
-        source_weight, target_weight = weights.weight_1[:, num_basis:].split(width, dim=1)
-        hidden = hidden + (weights.source_embedding @ source_weight.t())[edges.source_element]
-        hidden = hidden + (weights.target_embedding @ target_weight.t())[edges.target_element]
-    hidden = hidden + weights.bias_1
-    size = hidden.shape[1:]
-    hidden = F.silu(F.layer_norm(hidden, size, weights.norm_1_weight, weights.norm_1_bias))
-    hidden = F.linear(hidden, weights.weight_2, weights.bias_2)
-    hidden = F.silu(F.layer_norm(hidden, size, weights.norm_2_weight, weights.norm_2_bias))
-    return F.linear(hidden, weights.weight_3, weights.bias_3)
+    if tables.slope is not None and tables.shift is not None and tables.height is not None:
+        basis = LearnedGaussians(tables.slope, tables.shift, tables.height)
+    hidden = _first_layer(edges, tables, basis)
+    hidden = _norm_silu(hidden, tables.norm_1_weight, tables.norm_1_bias)
+    hidden = F.linear(hidden, tables.weight_2, tables.bias_2)
+    hidden = _norm_silu(hidden, tables.norm_2_weight, tables.norm_2_bias)
+    return F.linear(hidden, tables.weight_3, tables.bias_3)

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fairchem_equiformer.ops.edges import Edges
 from fairchem_equiformer.ops.segments import Chunk, segment_sum
@@ -23,6 +22,7 @@ class ChunkFrames:
     layout: Layout  # of the edge frame
     source: Tensor  # [e], atom in the batch
     target: Tensor  # [e], atom in the chunk
+    target_ptr: Tensor  # [n + 1], edges of the i-th target are target_ptr[i]:target_ptr[i + 1]
     nodes: slice  # target atoms in the batch
 
     @property
@@ -43,11 +43,6 @@ class ChunkFrames:
         columns = slice(wanted.lmin**2, (wanted.lmax + 1) ** 2)
         return self.rotation[:, rows][:, :, columns]
 
-    def target_ptr(self) -> Tensor:
-        """[n + 1], edges of the i-th target are ``target_ptr[i]:target_ptr[i + 1]``."""
-        degree = torch.bincount(self.target, minlength=self.num_nodes)
-        return pad(degree.cumsum(0), (1, 0))
-
 
 def chunk_frames(edges: Edges, chunk: Chunk) -> ChunkFrames:
     """Rotations and indices of one chunk."""
@@ -56,6 +51,7 @@ def chunk_frames(edges: Edges, chunk: Chunk) -> ChunkFrames:
         edges.layout,
         edges.source[chunk.edges],
         edges.target[chunk.edges] - chunk.nodes.start,
+        edges.target_ptr[chunk.rows.start : chunk.rows.stop + 1] - chunk.edges.start,
         chunk.nodes,
     )
 

@@ -42,32 +42,44 @@ def project(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 class _S2Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, gates: Tensor | None, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, gates)
         ctx.grid = grid
+        num_scalars = 0 if gates is None else 1
+        out = x.new_empty(len(x), num_scalars + grid.from_grid.shape[1], x.shape[2])
+        if gates is not None:
+            out[:, 0] = F.silu(gates)
+        y = out[:, num_scalars:]
         kernels = grid_kernels(grid, x)
         if kernels is not None:
-            return kernels.activation(x)
-        y = x.new_empty(len(x), grid.from_grid.shape[1], x.shape[2])
+            kernels.activation(x, y)
+            return out
         for piece in _pieces(x, grid):
             samples = F.silu(project(grid.to_grid, x[piece]), inplace=True)  # [e, P, C]
-            project(grid.from_grid.t(), samples, out=y[piece])
-        return y
+            y[piece] = project(grid.from_grid.t(), samples)
+        return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,), grid = ctx.saved_tensors, ctx.grid
-        kernels = grid_kernels(grid, x)
-        if kernels is not None:
-            return kernels.activation_backward(x, grad), None
-        x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for piece in _pieces(x, grid):
-            samples = project(grid.to_grid, x[piece])
-            samples_grad = project(grid.from_grid, grad[piece])
-            samples_grad = torch.ops.aten.silu_backward(samples_grad, samples)
-            project(grid.to_grid.t(), samples_grad, out=x_grad[piece])
-        return x_grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (x, gates), grid = ctx.saved_tensors, ctx.grid
+        if gates is None:
+            return _backward(x, grad, grid), None, None
+        gates_grad = torch.ops.aten.silu_backward(grad[:, 0], gates)
+        return _backward(x, grad[:, 1:], grid), gates_grad, None
+
+
+def _backward(x: Tensor, grad: Tensor, grid: Grid) -> Tensor:
+    kernels = grid_kernels(grid, x)
+    if kernels is not None:
+        return kernels.activation_backward(x, grad)
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for piece in _pieces(x, grid):
+        samples = project(grid.to_grid, x[piece])
+        samples_grad = project(grid.from_grid, grad[piece])
+        samples_grad = torch.ops.aten.silu_backward(samples_grad, samples)
+        project(grid.to_grid.t(), samples_grad, out=x_grad[piece])
+    return x_grad
 
 
 def _pieces(x: Tensor, grid: Grid) -> Iterator[slice]:
@@ -85,5 +97,20 @@ def s2_activation(x: Tensor, grid: Grid) -> Tensor:
     Returns:
         [B, S, C], the coefficients that the grid gives back.
     """
-    out: Tensor = _S2Activation.apply(x, grid)
+    out: Tensor = _S2Activation.apply(x, None, grid)
+    return out
+
+
+def separable_s2_activation(x: Tensor, gates: Tensor, grid: Grid) -> Tensor:
+    """SiLU of scalars made from elsewhere, and SiLU on the sphere for the rest (paper, Fig. 2c).
+
+    Args:
+        x: [B, R, C], R coefficients in the grid's order.
+        gates: [B, C], the scalars before their SiLU.
+        grid: that gives back all coefficients but the first, in x's dtype, on its device.
+
+    Returns:
+        [B, R, C].
+    """
+    out: Tensor = _S2Activation.apply(x, gates, grid)
     return out

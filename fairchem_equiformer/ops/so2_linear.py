@@ -92,9 +92,11 @@ def so2_linear(x: Tensor, weights: SO2Weights, bias: Tensor | None) -> Tensor:
     for order in _orders(weights):
         a, a_plus_b, b_minus_a = (weight.t() for weight in order.weights)
         plus, minus = x[:, order.x_plus], x[:, order.x_minus]
-        common = (plus + minus) @ a
-        torch.addmm(common, minus, a_plus_b, alpha=-1, out=y[:, order.y_plus])
-        torch.addmm(common, plus, b_minus_a, out=y[:, order.y_minus])
+        y_plus, y_minus = y[:, order.y_plus], y[:, order.y_minus]
+        torch.mm(plus + minus, a, out=y_plus)
+        y_minus.copy_(y_plus)
+        y_plus.addmm_(minus, a_plus_b, alpha=-1)
+        y_minus.addmm_(plus, b_minus_a)
     return y
 
 
@@ -120,9 +122,11 @@ def so2_linear_backward(
         a, a_plus_b, b_minus_a = order.weights
         plus, minus = x[:, order.x_plus], x[:, order.x_minus]
         g_plus, g_minus = grad[:, order.y_plus], grad[:, order.y_minus]
-        common = (g_plus + g_minus) @ a
-        torch.addmm(common, g_minus, b_minus_a, out=x_grad[:, order.x_plus])
-        torch.addmm(common, g_plus, a_plus_b, alpha=-1, out=x_grad[:, order.x_minus])
+        x_plus, x_minus = x_grad[:, order.x_plus], x_grad[:, order.x_minus]
+        torch.mm(g_plus + g_minus, a, out=x_plus)
+        x_minus.copy_(x_plus)
+        x_plus.addmm_(g_minus, b_minus_a)
+        x_minus.addmm_(g_plus, a_plus_b, alpha=-1)
         # Four products here: the three would each need a buffer of the weights' size.
         a_grad, b_grad = weight_grad.chunk(2)
         a_grad.addmm_(g_plus.t(), plus).addmm_(g_minus.t(), minus)

@@ -12,6 +12,7 @@ constexpr int MAX_LONGITUDES = 64;
 constexpr int MAX_ORDERS = 17;  // 2 mmax + 1
 constexpr int MAX_ROWS = 81;    // (lmax + 1)^2
 constexpr int BLOCK = 6;        // points whose sums are held in registers at a time
+constexpr int AT_ONCE = 8;      // vectors whose sigmoids are computed together
 
 }  // namespace
 
@@ -55,13 +56,26 @@ INLINE void from_orders(const Vec* orders, const float* latitude, const int64_t*
 
 // Values at P points from the orders of their latitude.
 template <int P, int V>
-INLINE void to_points(const Vec* orders, const float* longitude, int64_t num_orders,
-                      Vec (&points)[P][V]) {
+INLINE void to_some_points(const Vec* orders, const float* longitude, int64_t num_orders,
+                           Vec* points) {
+  Vec sum[P][V];
   for (int p = 0; p < P; p++)
-    for (int v = 0; v < V; v++) points[p][v] = Vec{};
+    for (int v = 0; v < V; v++) sum[p][v] = Vec{};
   for (int m = 0; m < num_orders; m++)
     for (int p = 0; p < P; p++)
-      for (int v = 0; v < V; v++) points[p][v] += longitude[p * num_orders + m] * orders[m * V + v];
+      for (int v = 0; v < V; v++) sum[p][v] += longitude[p * num_orders + m] * orders[m * V + v];
+  for (int p = 0; p < P; p++)
+    for (int v = 0; v < V; v++) points[p * V + v] = sum[p][v];
+}
+
+// Values at all points of a latitude.
+template <int V>
+INLINE void to_points(const Vec* orders, const Grid& grid, Vec* points) {
+  int64_t p = 0;
+  for (; p + BLOCK <= grid.longitudes; p += BLOCK)
+    to_some_points<BLOCK, V>(orders, grid.longitude + p * grid.orders, grid.orders, points + p * V);
+  for (; p < grid.longitudes; p++)
+    to_some_points<1, V>(orders, grid.longitude + p * grid.orders, grid.orders, points + p * V);
 }
 
 // M orders from all points of one latitude.
@@ -87,42 +101,32 @@ INLINE void from_points(const Vec* points, const Grid& grid, Vec* orders) {
     some_from_points<1, V>(points, grid.longitude + m, grid, orders + m * V);
 }
 
-template <int P, int V>
-INLINE void silu_at(const Vec* orders, const float* longitude, int64_t num_orders, Vec* out) {
-  Vec x[P][V];
-  to_points<P, V>(orders, longitude, num_orders, x);
-  for (int p = 0; p < P; p++)
-    for (int v = 0; v < V; v++) {
-      Vec s;
-      sigmoid(x[p][v], s);
-      out[p * V + v] = x[p][v] * s;
-    }
+template <int N>
+INLINE void silu(Vec* x) {
+  Vec s[N];
+  sigmoid<N>(x, s);
+  for (int i = 0; i < N; i++) x[i] *= s[i];
 }
 
-// Derivative of SiLU at the points of `orders`, times the gradient at the same points.
-template <int P, int V>
-INLINE void silu_backward_at(const Vec* orders, const Vec* grad, const float* longitude,
-                             int64_t num_orders, Vec* out) {
-  Vec x[P][V];
-  to_points<P, V>(orders, longitude, num_orders, x);
-  for (int p = 0; p < P; p++)
-    for (int v = 0; v < V; v++) {
-      Vec s;
-      sigmoid(x[p][v], s);
-      out[p * V + v] = s * (1.0f + x[p][v] * (1.0f - s));
-    }
-  to_points<P, V>(grad, longitude, num_orders, x);
-  for (int p = 0; p < P; p++)
-    for (int v = 0; v < V; v++) out[p * V + v] *= x[p][v];
+// SiLU of `count` vectors, in place.
+INLINE void silu(Vec* x, int64_t count) {
+  int64_t i = 0;
+  for (; i + AT_ONCE <= count; i += AT_ONCE) silu<AT_ONCE>(x + i);
+  for (; i < count; i++) silu<1>(x + i);
 }
 
-template <int V>
-INLINE void silu_on_latitude(const Vec* orders, const Grid& grid, Vec* points) {
-  int64_t p = 0;
-  for (; p + BLOCK <= grid.longitudes; p += BLOCK)
-    silu_at<BLOCK, V>(orders, grid.longitude + p * grid.orders, grid.orders, points + p * V);
-  for (; p < grid.longitudes; p++)
-    silu_at<1, V>(orders, grid.longitude + p * grid.orders, grid.orders, points + p * V);
+template <int N>
+INLINE void silu_backward(const Vec* x, Vec* grad) {
+  Vec s[N];
+  sigmoid<N>(x, s);
+  for (int i = 0; i < N; i++) grad[i] *= s[i] * (1.0f + x[i] * (1.0f - s[i]));
+}
+
+// Derivative of SiLU at `count` vectors x, times the gradient, in place.
+INLINE void silu_backward(const Vec* x, Vec* grad, int64_t count) {
+  int64_t i = 0;
+  for (; i + AT_ONCE <= count; i += AT_ONCE) silu_backward<AT_ONCE>(x + i, grad + i);
+  for (; i < count; i++) silu_backward<1>(x + i, grad + i);
 }
 
 template <int V>
@@ -132,7 +136,8 @@ INLINE void activate(const Grid& grid, const float* x, float* y, int64_t channel
   for (int64_t b = 0; b < grid.latitudes; b++) {
     to_orders<V>(x, channels, grid.latitude_in + b * grid.rows_in, grid.order_in, grid.rows_in,
                  grid.orders, orders);
-    silu_on_latitude<V>(orders, grid, points);
+    to_points<V>(orders, grid, points);
+    silu(points, grid.longitudes * V);
     from_points<V>(points, grid, orders);
     from_orders<V>(orders, grid.latitude_out + b * grid.rows_out, grid.order_out, grid.rows_out,
                    rows);
@@ -145,25 +150,37 @@ template <int V>
 INLINE void activate_backward(const Grid& grid, const float* x, const float* y_grad, float* x_grad,
                               int64_t channels) {
   Vec rows[MAX_ROWS * V], orders[MAX_ORDERS * V], grads[MAX_ORDERS * V];
-  Vec points[MAX_LONGITUDES * V];
+  Vec points[MAX_LONGITUDES * V], flow[MAX_LONGITUDES * V];
   for (int i = 0; i < grid.rows_in * V; i++) rows[i] = Vec{};
   for (int64_t b = 0; b < grid.latitudes; b++) {
     const float* in = grid.latitude_in + b * grid.rows_in;
     to_orders<V>(x, channels, in, grid.order_in, grid.rows_in, grid.orders, orders);
     to_orders<V>(y_grad, channels, grid.latitude_out + b * grid.rows_out, grid.order_out,
                  grid.rows_out, grid.orders, grads);
-    int64_t p = 0;
-    for (; p + BLOCK <= grid.longitudes; p += BLOCK)
-      silu_backward_at<BLOCK, V>(orders, grads, grid.longitude + p * grid.orders, grid.orders,
-                                 points + p * V);
-    for (; p < grid.longitudes; p++)
-      silu_backward_at<1, V>(orders, grads, grid.longitude + p * grid.orders, grid.orders,
-                             points + p * V);
-    from_points<V>(points, grid, orders);
+    to_points<V>(orders, grid, points);
+    to_points<V>(grads, grid, flow);
+    silu_backward(points, flow, grid.longitudes * V);
+    from_points<V>(flow, grid, orders);
     from_orders<V>(orders, in, grid.order_in, grid.rows_in, rows);
   }
   for (int i = 0; i < grid.rows_in; i++)
     for (int v = 0; v < V; v++) store(rows[i * V + v], x_grad + i * channels + v * LANES);
+}
+
+template <int V>
+INLINE void load_latitude(const Grid& grid, int64_t latitude, const float* samples,
+                          int64_t channels, Vec* points) {
+  const float* from = samples + latitude * grid.longitudes * channels;
+  for (int64_t p = 0; p < grid.longitudes; p++)
+    for (int v = 0; v < V; v++) load(from + p * channels + v * LANES, points[p * V + v]);
+}
+
+template <int V>
+INLINE void store_latitude(const Grid& grid, int64_t latitude, const Vec* points, float* samples,
+                           int64_t channels) {
+  float* to = samples + latitude * grid.longitudes * channels;
+  for (int64_t p = 0; p < grid.longitudes; p++)
+    for (int v = 0; v < V; v++) store(points[p * V + v], to + p * channels + v * LANES);
 }
 
 template <int V>
@@ -172,12 +189,29 @@ INLINE void sample(const Grid& grid, const float* x, float* samples, int64_t cha
   for (int64_t b = 0; b < grid.latitudes; b++) {
     to_orders<V>(x, channels, grid.latitude_in + b * grid.rows_in, grid.order_in, grid.rows_in,
                  grid.orders, orders);
-    silu_on_latitude<V>(orders, grid, points);
-    for (int64_t p = 0; p < grid.longitudes; p++)
-      for (int v = 0; v < V; v++)
-        store(points[p * V + v],
-              samples + (b * grid.longitudes + p) * channels + v * LANES);
+    to_points<V>(orders, grid, points);
+    silu(points, grid.longitudes * V);
+    store_latitude<V>(grid, b, points, samples, channels);
   }
+}
+
+template <int V>
+INLINE void sample_backward(const Grid& grid, const float* x, const float* samples_grad,
+                            float* x_grad, int64_t channels) {
+  Vec rows[MAX_ROWS * V], orders[MAX_ORDERS * V];
+  Vec points[MAX_LONGITUDES * V], flow[MAX_LONGITUDES * V];
+  for (int i = 0; i < grid.rows_in * V; i++) rows[i] = Vec{};
+  for (int64_t b = 0; b < grid.latitudes; b++) {
+    const float* in = grid.latitude_in + b * grid.rows_in;
+    to_orders<V>(x, channels, in, grid.order_in, grid.rows_in, grid.orders, orders);
+    to_points<V>(orders, grid, points);
+    load_latitude<V>(grid, b, samples_grad, channels, flow);
+    silu_backward(points, flow, grid.longitudes * V);
+    from_points<V>(flow, grid, orders);
+    from_orders<V>(orders, in, grid.order_in, grid.rows_in, rows);
+  }
+  for (int i = 0; i < grid.rows_in; i++)
+    for (int v = 0; v < V; v++) store(rows[i * V + v], x_grad + i * channels + v * LANES);
 }
 
 template <int V>
@@ -185,13 +219,8 @@ INLINE void integrate(const Grid& grid, const float* samples, float* y, int64_t 
   Vec rows[MAX_ROWS * V], orders[MAX_ORDERS * V], points[MAX_LONGITUDES * V];
   for (int i = 0; i < grid.rows_out * V; i++) rows[i] = Vec{};
   for (int64_t b = 0; b < grid.latitudes; b++) {
-    for (int64_t p = 0; p < grid.longitudes; p++)
-      for (int v = 0; v < V; v++) {
-        Vec x, s;
-        load(samples + (b * grid.longitudes + p) * channels + v * LANES, x);
-        sigmoid(x, s);
-        points[p * V + v] = x * s;
-      }
+    load_latitude<V>(grid, b, samples, channels, points);
+    silu(points, grid.longitudes * V);
     from_points<V>(points, grid, orders);
     from_orders<V>(orders, grid.latitude_out + b * grid.rows_out, grid.order_out, grid.rows_out,
                    rows);
@@ -200,13 +229,28 @@ INLINE void integrate(const Grid& grid, const float* samples, float* y, int64_t 
     for (int v = 0; v < V; v++) store(rows[i * V + v], y + i * channels + v * LANES);
 }
 
+template <int V>
+INLINE void integrate_backward(const Grid& grid, const float* samples, const float* y_grad,
+                               float* samples_grad, int64_t channels) {
+  Vec orders[MAX_ORDERS * V], points[MAX_LONGITUDES * V], flow[MAX_LONGITUDES * V];
+  for (int64_t b = 0; b < grid.latitudes; b++) {
+    to_orders<V>(y_grad, channels, grid.latitude_out + b * grid.rows_out, grid.order_out,
+                 grid.rows_out, grid.orders, orders);
+    to_points<V>(orders, grid, flow);
+    load_latitude<V>(grid, b, samples, channels, points);
+    silu_backward(points, flow, grid.longitudes * V);
+    store_latitude<V>(grid, b, flow, samples_grad, channels);
+  }
+}
+
 // Items from `first` to `last`, four vectors of channels at a time, then one.
 FOR_EVERY_CPU void activate_items(const Grid& grid, const float* x, int64_t x_stride, float* y,
-                                  int64_t channels, int64_t first, int64_t last) {
+                                  int64_t y_stride, int64_t channels, int64_t first,
+                                  int64_t last) {
   for (int64_t i = first; i < last; i++) {
     int64_t c = 0;
     const float* from = x + i * x_stride;
-    float* to = y + i * grid.rows_out * channels;
+    float* to = y + i * y_stride;
     for (; c + 4 * LANES <= channels; c += 4 * LANES) activate<4>(grid, from + c, to + c, channels);
     for (; c < channels; c += LANES) activate<1>(grid, from + c, to + c, channels);
   }
@@ -248,6 +292,36 @@ FOR_EVERY_CPU void integrate_items(const Grid& grid, const float* samples, float
   }
 }
 
+FOR_EVERY_CPU void sample_items_backward(const Grid& grid, const float* x, int64_t x_stride,
+                                         const float* samples_grad, float* x_grad,
+                                         int64_t channels, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i++) {
+    int64_t c = 0;
+    const float* at = x + i * x_stride;
+    const float* from = samples_grad + i * grid.latitudes * grid.longitudes * channels;
+    float* to = x_grad + i * grid.rows_in * channels;
+    for (; c + 4 * LANES <= channels; c += 4 * LANES)
+      sample_backward<4>(grid, at + c, from + c, to + c, channels);
+    for (; c < channels; c += LANES) sample_backward<1>(grid, at + c, from + c, to + c, channels);
+  }
+}
+
+FOR_EVERY_CPU void integrate_items_backward(const Grid& grid, const float* samples,
+                                            const float* y_grad, int64_t grad_stride,
+                                            float* samples_grad, int64_t channels, int64_t first,
+                                            int64_t last) {
+  for (int64_t i = first; i < last; i++) {
+    int64_t c = 0;
+    const int64_t item = i * grid.latitudes * grid.longitudes * channels;
+    const float *at = samples + item, *from = y_grad + i * grad_stride;
+    float* to = samples_grad + item;
+    for (; c + 4 * LANES <= channels; c += 4 * LANES)
+      integrate_backward<4>(grid, at + c, from + c, to + c, channels);
+    for (; c < channels; c += LANES)
+      integrate_backward<1>(grid, at + c, from + c, to + c, channels);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -258,11 +332,11 @@ int s2_grid_fits(const Grid* grid, int64_t channels) {
          grid->rows_in <= MAX_ROWS && grid->rows_out <= MAX_ROWS && channels % LANES == 0;
 }
 
-// x [items, rows_in, channels], the first dimension with a stride of its own, to y, contiguous.
-void s2_activation(const Grid* grid, const float* x, int64_t x_stride, float* y, int64_t items,
-                   int64_t channels, int threads) {
+// x [items, rows_in, channels] to y [items, rows_out, channels]; each item lies dense.
+void s2_activation(const Grid* grid, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                   int64_t items, int64_t channels, int threads) {
   share(items, threads, [&](int64_t first, int64_t last) {
-    activate_items(*grid, x, x_stride, y, channels, first, last);
+    activate_items(*grid, x, x_stride, y, y_stride, channels, first, last);
   });
 }
 
@@ -287,6 +361,25 @@ void integrate_silu(const Grid* grid, const float* samples, float* y, int64_t it
                     int64_t channels, int threads) {
   share(items, threads, [&](int64_t first, int64_t last) {
     integrate_items(*grid, samples, y, channels, first, last);
+  });
+}
+
+// Gradient of silu_samples: samples_grad [items, points, channels] to x_grad, contiguous.
+void silu_samples_backward(const Grid* grid, const float* x, int64_t x_stride,
+                           const float* samples_grad, float* x_grad, int64_t items,
+                           int64_t channels, int threads) {
+  share(items, threads, [&](int64_t first, int64_t last) {
+    sample_items_backward(*grid, x, x_stride, samples_grad, x_grad, channels, first, last);
+  });
+}
+
+// Gradient of integrate_silu: y_grad [items, rows_out, channels] to samples_grad, contiguous.
+void integrate_silu_backward(const Grid* grid, const float* samples, const float* y_grad,
+                             int64_t grad_stride, float* samples_grad, int64_t items,
+                             int64_t channels, int threads) {
+  share(items, threads, [&](int64_t first, int64_t last) {
+    integrate_items_backward(*grid, samples, y_grad, grad_stride, samples_grad, channels, first,
+                             last);
   });
 }
 }
