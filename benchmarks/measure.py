@@ -24,11 +24,12 @@ import torch
 from ase.build import add_adsorbate, fcc111, molecule
 from ase.constraints import FixAtoms
 from fairchem.core.common.registry import registry
+from fairchem.core.common.relaxation import ml_relaxation
 from fairchem.core.common.relaxation.optimizable import OptimizableBatch
-from fairchem.core.common.relaxation.optimizers.lbfgs_torch import LBFGS
 from fairchem.core.common.utils import load_config
 from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import GraphModelMixin
+from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from fairchem.core.modules.scaling import ScaleFactor
 from fairchem.core.preprocessing import AtomsToGraphs
 from fairchem.core.trainers import OCPTrainer
@@ -193,7 +194,7 @@ class Training(Task):
 
 
 class Relaxation(Task):
-    """A few steps of fairchem's LBFGS through its trainer, as ``run-relaxations`` takes them."""
+    """A few steps of LBFGS through fairchem's trainer with averages, as in ``run-relaxations``."""
 
     calls = RELAXATION_STEPS + 1  # the forces at the start, then one call a step
 
@@ -201,11 +202,14 @@ class Relaxation(Task):
         super().__init__(spec)
         self.trainer = inference_trainer(spec)
         self.trainer.model = self.model
+        self.trainer.ema = ExponentialMovingAverage(self.model.parameters(), 0.999)
 
     def forward(self) -> Outputs:
         """Relax from the start."""
         optimizable = OptimizableBatch(self.data.clone(), trainer=self.trainer)
-        optimizer = LBFGS(optimizable, maxstep=0.01, memory=50, damping=1.0, alpha=70.0)
+        optimizer = ml_relaxation.LBFGS(
+            optimizable, maxstep=0.01, memory=50, damping=1.0, alpha=70.0
+        )
         optimizer.run(fmax=0.0, steps=RELAXATION_STEPS)
         return {"forces": optimizable.get_forces(), "pos": optimizable.batch.pos}
 

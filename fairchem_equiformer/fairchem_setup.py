@@ -3,7 +3,8 @@
 fairchem-core imports each of its models when it starts, and those of others need packages that
 this one does not (torch-sparse, torch-cluster): `import_local_file` lets them be missing. It saves
 the name of a task where it later looks for that of a trainer: `install` makes both known. Its
-trajectories of relaxations lack the last frame: `install` puts `relaxation.LBFGS` in place. And its
+trajectories of relaxations lack the last frame, and weights are prepared anew at each step:
+`install` puts `relaxation.LBFGS` and `relaxation.calculate` in place. And its
 cosine schedule divides by a warm-up that may round to no step: `_take_a_step_to_warm_up`.
 """
 
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from fairchem.core.common import utils
 from fairchem.core.common.registry import registry
 from fairchem.core.common.relaxation import ml_relaxation
+from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.trainers import OCPTrainer
 
-from fairchem_equiformer.relaxation import LBFGS
+from fairchem_equiformer.relaxation import LBFGS, calculate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +44,7 @@ def install() -> None:
     for name in TASKS_SAVED_AS_TRAINERS:
         registry.register_trainer(name)(OCPTrainer)
     ml_relaxation.LBFGS = LBFGS
+    OCPCalculator.calculate = calculate
 
 
 def import_local_file(path: Path, *, project_root: Path) -> None:

@@ -1,15 +1,56 @@
-"""fairchem-core's LBFGS with trajectories that end where the relaxation ends.
+"""fairchem-core's LBFGS and OCPCalculator, on frozen weights; trajectories with their last frame.
 
 fairchem-core decides which systems of a batch have converged before it writes them, and writes only
 the others: the last frame of a converged system is one step old, and one that starts relaxed has no
 frame at all. IS2RE energies are read off the last frames.
+
+Each prediction of a trainer puts the moving averages in place of the weights and back. In a
+relaxation they stay in place, and with them what is made of the weights alone (ops/frozen.py).
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
 import torch
 from ase.io import Trajectory
+from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.common.relaxation.optimizers import lbfgs_torch
+
+from fairchem_equiformer.ops.frozen import FrozenWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fairchem.core.trainers import BaseTrainer
+
+
+@contextmanager
+def averaged_weights(trainer: BaseTrainer) -> Iterator[None]:
+    """Within, the trainer's model has the moving averages for weights, if the trainer has any."""
+    average = trainer.ema
+    if average is None:
+        yield
+        return
+    average.store()
+    average.copy_to()
+    trainer.ema = None  # each prediction would do the same again
+    try:
+        yield
+    finally:
+        trainer.ema = average
+        average.restore()
+
+
+def calculate(calculator: OCPCalculator, *arguments: Any, **options: Any) -> None:
+    """Stand in for ``OCPCalculator.calculate``, whose weights nobody trains."""
+    frozen = calculator.__dict__.setdefault("frozen_weights", FrozenWeights())
+    with frozen.of(calculator.trainer.model):
+        _calculate(calculator, *arguments, **options)
+
+
+_calculate = OCPCalculator.calculate
 
 
 class LBFGS(lbfgs_torch.LBFGS):
@@ -18,7 +59,9 @@ class LBFGS(lbfgs_torch.LBFGS):
     def run(self, fmax: float, steps: int) -> bool:
         """Relax the batch until no force is above `fmax` (eV/Angstrom) or for `steps` steps."""
         self._written: tuple[torch.Tensor, torch.Tensor] | None = None
-        converged = super().run(fmax, steps)
+        trainer = self.optimizable.trainer
+        with averaged_weights(trainer), FrozenWeights().of(trainer.model):
+            converged = super().run(fmax, steps)
         if self.trajectories is not None and self._written is None:
             self._write_only_frames()  # all systems started relaxed
         return converged

@@ -23,6 +23,7 @@ from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from submitit import LocalExecutor
 
 from fairchem_equiformer.cli import main
+from fairchem_equiformer.ops.radial import RadialTables
 from tests.conftest import make_atoms, make_tiny_config
 
 SKIPPED = "fairchem models skipped: dimenet_plus_plus, gemnet, gemnet_gp, gemnet_oc, painn"
@@ -151,6 +152,30 @@ def test_calculator_reads_a_checkpoint_without_being_told_its_trainer(trained):
     atoms.calc = OCPCalculator(checkpoint_path=trained[1] / "best_checkpoint.pt", cpu=True)
     assert np.isfinite(atoms.get_potential_energy())
     assert atoms.get_forces().shape == (len(atoms), 3)
+
+
+def test_calculator_freezes_its_weights_until_others_are_loaded(trained, monkeypatch):
+    calculator = OCPCalculator(checkpoint_path=trained[1] / "best_checkpoint.pt", cpu=True)
+    model, made = calculator.trainer.model, []
+
+    def energy():
+        return calculator.get_potential_energy(make_atoms(0))
+
+    def of(weights, original=RadialTables.of):
+        made.append(weights)
+        return original(weights)
+
+    monkeypatch.setattr(RadialTables, "of", of)
+    first = energy()
+    calls = len(made)
+    calculator.reset()
+    assert energy() == first
+    assert len(made) == calls > 0
+    model.load_state_dict({name: 1.5 * value for name, value in model.state_dict().items()})
+    calculator.reset()
+    second = energy()
+    assert len(made) == 2 * calls
+    assert second != first
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import ase.io
 import pytest
 import torch
 from fairchem.core.common.relaxation import ml_relaxation
+from fairchem.core.common.relaxation.optimizable import OptimizableBatch
 from fairchem.core.common.relaxation.optimizers import lbfgs_torch
 from fairchem.core.datasets import data_list_collater
+from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 
 from fairchem_equiformer.relaxation import LBFGS
 from tests.conftest import make_data
@@ -22,6 +24,8 @@ class Springs:
     """In place of a trainer: each atom on a spring to its place in the first of these systems."""
 
     device = torch.device("cpu")
+    ema = None
+    model = torch.nn.Identity()
 
     def __init__(self, batch):
         self.home = batch.pos.clone()
@@ -101,6 +105,57 @@ def test_fairchem_still_leaves_the_last_frame_out(tmp_path):
 def test_relaxations_without_trajectories(tmp_path):
     assert relax(None, [0.0, 0.1]).pos.isfinite().all()
     assert not list(tmp_path.iterdir())
+
+
+class Weak(Springs):
+    """Half as strong springs, or as a moving average has it; looks at both as a trainer does."""
+
+    def __init__(self, batch):
+        super().__init__(batch)
+        self.model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(self.model.weight, 0.5)
+        self.ema = ExponentialMovingAverage(self.model.parameters(), 0.9)
+        self.ema.shadow_params[0].fill_(0.25)
+        self.copies = 0
+
+    def predict(self, batch, **_):
+        if self.ema is not None:
+            self.ema.store()
+            self.ema.copy_to()
+            self.copies += 1
+        strength = self.model.weight.item()
+        if self.ema is not None:
+            self.ema.restore()
+        return {key: strength * value for key, value in super().predict(batch).items()}
+
+
+def run(optimizer):
+    """Relax a system on weak springs; return the trainer and the relaxed batch."""
+    batch = data_list_collater([make_data(0)], True)
+    trainer = Weak(batch)
+    batch.pos[:, 2] += 0.4 * (batch.fixed == 0)
+    try:
+        optimizer(OptimizableBatch(batch, trainer=trainer), **OPTIONS).run(0.05, 9)
+    finally:
+        assert trainer.ema is not None
+        assert trainer.model.weight.item() == 0.5
+    return trainer, batch
+
+
+def test_averages_are_put_in_place_once():
+    ours, relaxed = run(LBFGS)
+    stock, expected = run(lbfgs_torch.LBFGS)
+    assert torch.equal(relaxed.pos, expected.pos)
+    assert ours.copies == 0 < stock.copies
+
+
+def test_averages_are_put_back_after_an_error(monkeypatch):
+    def step(*_):
+        raise ArithmeticError
+
+    monkeypatch.setattr(lbfgs_torch.LBFGS, "step", step)
+    with pytest.raises(ArithmeticError):
+        run(LBFGS)
 
 
 def test_it_is_what_fairchem_relaxes_with():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairchem_equiformer.nn.so3_linear import SO3Linear
+from fairchem_equiformer.ops.frozen import once
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
@@ -63,9 +64,7 @@ class FeedForward(nn.Module):
         hidden = self._scalars(x) if self.scalars_only else self._hidden(x)
         weight: Tensor = self.so3_linear_2.weight
         if self.config.activation.endswith("grid_mlp"):
-            # The last layer of the perceptron acts on channels alone, like so3_linear_2.
-            folded = _matmul(weight, self.grid_mlp[4].weight)
-            weight = torch.cat([weight[:1], folded[1:]]) if self._separable else folded
+            weight = once(self._last_weight, "last", x.dtype, weight)
         return so3_linear(
             hidden, weight[:1] if self.scalars_only else weight, self.so3_linear_2.bias
         )
@@ -89,10 +88,20 @@ class FeedForward(nn.Module):
         y: Tensor = layer(x[:, 0])
         return y[:, None]
 
-    def _first_grid_layer(self, x: Tensor) -> Tensor:
-        """so3_linear_1 and the first layer of the perceptron, which commutes with the grid."""
+    def _last_weight(self) -> Tensor:
+        """The perceptron's last layer, which acts on channels alone, and so3_linear_2."""
+        weight: Tensor = self.so3_linear_2.weight
+        folded = _matmul(weight, self.grid_mlp[4].weight)
+        return torch.cat([weight[:1], folded[1:]]) if self._separable else folded
+
+    def _first_weight(self) -> tuple[Tensor, Tensor]:
+        """so3_linear_1 and the perceptron's first layer, which commutes with the grid."""
         mix, first = self.grid_mlp[0].weight, self.so3_linear_1
-        return so3_linear(x, _matmul(mix, first.weight), mix @ first.bias)
+        return _matmul(mix, first.weight), mix @ first.bias
+
+    def _first_grid_layer(self, x: Tensor) -> Tensor:
+        weight = self.so3_linear_1.weight
+        return so3_linear(x, *once(self._first_weight, "first", x.dtype, weight))
 
     def _hidden(self, x: Tensor) -> Tensor:
         """All degrees after the non-linearity: [N, (lmax + 1)^2, hidden]."""

@@ -30,6 +30,7 @@ from fairchem_equiformer.ops.attention_weights import (
     attention_softmax_backward,
 )
 from fairchem_equiformer.ops.edges import Edges
+from fairchem_equiformer.ops.frozen import once
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.message import Message, message, message_backward
 from fairchem_equiformer.ops.radial import (
@@ -185,8 +186,12 @@ def _forward(
     spec, out_layout = layer.spec, layer.spec.out_layout
     channels = spec.num_heads * spec.value_channels
     out = x.new_empty(layer.edges.num_rows, out_layout.num_coefficients, channels)
-    conv = _Convolutions.of(weights, layer.dtype)
-    tables = RadialTables.of(weights.radial)
+    conv, tables = once(
+        lambda: (_Convolutions.of(weights, layer.dtype), RadialTables.of(weights.radial)),
+        "attention",
+        layer.dtype,
+        *(weights.radial.weight_1, weights.conv_1[0], weights.conv_2[0]),
+    )
     for chunk in layer.edges.chunks:
         radial = layer.radial(chunk, tables, x.shape[2])
         scaled, (frames, *_) = layer.message(x, chunk, radial)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.edges import Edges
+from fairchem_equiformer.ops.frozen import once
 from fairchem_equiformer.ops.radial import (
     Basis,
     RadialGradient,
@@ -46,7 +47,9 @@ class _EdgeDegreeEmbedding(torch.autograd.Function):
         channels = len(radial_weights.bias_3) // edges.layout.num_degrees(0)
         shape = (edges.num_rows, edges.layout.num_coefficients, channels)
         out = radial_weights.bias_3.new_zeros(shape)
-        tables = RadialTables.of(radial_weights)
+        tables = once(
+            lambda: RadialTables.of(radial_weights), "degree", out.dtype, radial_weights.weight_1
+        )
         for chunk in edges.chunks:
             out[chunk.rows] = _embed(edges, chunk, basis, tables)
         return out

@@ -1,0 +1,96 @@
+"""Inference on frozen weights: the same bits, with less done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fairchem_equiformer.ops import edge_attention, radial
+from fairchem_equiformer.ops.frozen import FrozenWeights
+from tests.models import ours
+from tests.structures import three_slabs
+
+ACTIVATIONS = pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_gate_act": True, "use_grid_mlp": False},
+        {"use_sep_s2_act": False},
+        {"distance_function": "learnable_gaussian"},
+    ],
+    ids=["grid MLP", "gate", "S2 grid MLP", "learned Gaussians"],
+)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Counts what is made of weights."""
+    calls = []
+    for of in (edge_attention.SO2Weights, radial.RadialTables):
+        original = of.of
+        count = lambda *args, original=original: calls.append(0) or original(*args)  # noqa: E731
+        monkeypatch.setattr(of, "of", staticmethod(count))
+    return calls
+
+
+def predict(model):
+    with torch.no_grad():
+        return model(three_slabs())
+
+
+def assert_same_bits(found, expected):
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@ACTIVATIONS
+def test_same_bits_made_once(changes, made):
+    model = ours(**changes)
+    expected = predict(model)
+    once = len(made)
+    frozen = FrozenWeights()
+    for _ in range(3):
+        with frozen.of(model):
+            assert_same_bits(predict(model), expected)
+    assert len(made) == 2 * once
+    predict(model)
+    assert len(made) == 3 * once
+
+
+@ACTIVATIONS
+def test_changed_weights_are_seen(changes):
+    model, other = ours(**changes), ours(**changes)
+    frozen = FrozenWeights()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with frozen.of(model):
+        before = predict(model)
+    model.load_state_dict(other.state_dict())
+    with frozen.of(model):
+        after = predict(model)
+    assert_same_bits(after, predict(other))
+    assert not torch.equal(before["energy"], after["energy"])
+
+
+def test_outside_nothing_is_kept():
+    """fairchem's moving averages come and go through `.data`, which leaves no trace."""
+    model = ours()
+    with FrozenWeights().of(model):
+        before = predict(model)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    after = predict(model)
+    assert not torch.equal(before["energy"], after["energy"])
+
+
+def test_gradients_within():
+    model = ours()
+
+    def gradients():
+        out = model(three_slabs())
+        return torch.autograd.grad(out["energy"].sum() + out["forces"].sum(), model.parameters())
+
+    with FrozenWeights().of(model):
+        predict(model)
+        found = gradients()
+    assert all(map(torch.equal, found, gradients()))
