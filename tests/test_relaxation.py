@@ -6,7 +6,6 @@ import ase.io
 import pytest
 import torch
 from fairchem.core.common.relaxation import ml_relaxation
-from fairchem.core.common.relaxation.optimizable import OptimizableBatch
 from fairchem.core.common.relaxation.optimizers import lbfgs_torch
 from fairchem.core.datasets import data_list_collater
 from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
@@ -36,10 +35,10 @@ class Springs:
         return {"energy": energy, "forces": -2 * away}
 
 
-def relax(folder, displacements, steps=100, optimizer=LBFGS, **options):
+def relax(folder, displacements, steps=100, optimizer=LBFGS, trainer=Springs, **options):
     """Relax systems whose free atoms begin so many Angstrom away; return the relaxed batch."""
     batch = data_list_collater([make_data(sid) for sid in range(len(displacements))], True)
-    springs = Springs(batch)
+    springs = trainer(batch)
     batch.pos[:, 2] += torch.tensor(displacements)[batch.batch] * (batch.fixed == 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ml_relaxation, "LBFGS", optimizer)
@@ -129,24 +128,27 @@ class Weak(Springs):
         return {key: strength * value for key, value in super().predict(batch).items()}
 
 
-def run(optimizer):
-    """Relax a system on weak springs; return the trainer and the relaxed batch."""
-    batch = data_list_collater([make_data(0)], True)
-    trainer = Weak(batch)
-    batch.pos[:, 2] += 0.4 * (batch.fixed == 0)
+def relax_weakly(optimizer):
+    """Relax a system on weak springs; return their trainer and the relaxed positions."""
+    trainers = []
+
+    def trainer(batch):
+        trainers.append(Weak(batch))
+        return trainers[0]
+
     try:
-        optimizer(OptimizableBatch(batch, trainer=trainer), **OPTIONS).run(0.05, 9)
+        relaxed = relax(None, [0.4], steps=9, optimizer=optimizer, trainer=trainer)
     finally:
-        assert trainer.ema is not None
-        assert trainer.model.weight.item() == 0.5
-    return trainer, batch
+        assert trainers[0].ema is not None
+        assert trainers[0].model.weight.item() == 0.5
+    return trainers[0], relaxed.pos
 
 
 def test_averages_are_put_in_place_once():
-    ours, relaxed = run(LBFGS)
-    stock, expected = run(lbfgs_torch.LBFGS)
-    assert torch.equal(relaxed.pos, expected.pos)
-    assert ours.copies == 0 < stock.copies
+    ours, relaxed = relax_weakly(LBFGS)
+    stock, expected = relax_weakly(lbfgs_torch.LBFGS)
+    assert torch.equal(relaxed, expected)
+    assert ours.copies <= 1 < stock.copies  # ml_relax asks once more at the end
 
 
 def test_averages_are_put_back_after_an_error(monkeypatch):
@@ -155,7 +157,7 @@ def test_averages_are_put_back_after_an_error(monkeypatch):
 
     monkeypatch.setattr(lbfgs_torch.LBFGS, "step", step)
     with pytest.raises(ArithmeticError):
-        run(LBFGS)
+        relax_weakly(LBFGS)
 
 
 def test_it_is_what_fairchem_relaxes_with():
