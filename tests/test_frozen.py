@@ -83,6 +83,20 @@ def test_outside_nothing_is_kept():
     assert not torch.equal(before["energy"], after["energy"])
 
 
+def test_another_precision_within():
+    model, frozen = ours(), FrozenWeights()
+
+    def reduced():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return predict(model)
+
+    expected, expected_reduced = predict(model), reduced()
+    with frozen.of(model):
+        assert_same_bits(predict(model), expected)
+        assert_same_bits(reduced(), expected_reduced)
+        assert_same_bits(predict(model), expected)
+
+
 def test_gradients_within():
     model = ours()
 

@@ -188,6 +188,8 @@ def test_attention_softmax(degrees, heads, scale, seed):
     edges = prepare_edges(make_graph(degrees), layout(1, 1), 16, SINGLE, max_edges=4)
     for chunk in edges.chunks:
         frames = chunk_frames(edges, chunk)
+        if not len(frames.source):
+            continue
         logits = torch.randn(len(frames.source), heads, generator=generator) * scale
         grad = torch.randn(logits.shape, generator=generator)
         found = []
@@ -197,8 +199,10 @@ def test_attention_softmax(degrees, heads, scale, seed):
                     patch.setattr(loader, "library", lambda: None)
                 alpha = attention_softmax(logits, frames)
                 found.append((alpha, attention_softmax_backward(alpha, grad, frames)))
-        for ours, expected in zip(*found, strict=True):
-            assert_close(ours, expected, "segments")
+        (ours, ours_grad), (expected, expected_grad) = found
+        assert_close(ours, expected, "segments")
+        # Differences of numbers as large as `grad`, which all but cancel where one edge has it all.
+        assert (ours_grad - expected_grad).abs().max() < 2e-6 * grad.abs().max()
 
 
 @settings(deadline=None, max_examples=40)

@@ -57,7 +57,9 @@ def once(make: Callable[[], T], name: str, dtype: torch.dtype, *weights: Tensor)
     made = _made.get()
     if made is None or torch.is_grad_enabled():
         return make()
-    key = (name, dtype, *((w.data_ptr(), w.shape, w.stride()) for w in weights))
+    device = weights[0].device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    key = (name, dtype, autocast, *((w.data_ptr(), w.shape, w.stride()) for w in weights))
     if key not in made:
         made[key] = make()
     found: T = made[key]
