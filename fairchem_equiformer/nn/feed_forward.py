@@ -120,7 +120,7 @@ class FeedForward(nn.Module):
             return gate_activation(h, self.gating_linear(x[:, 0]), rows)
         if kind == "s2":
             return s2_activation(h, self._grid(h, "all"))
-        gates = self._of_scalars(self.gating_linear, x)[:, 0].to(h.dtype)
+        gates = self.gating_linear(x[:, 0]).to(h.dtype)
         return separable_s2_activation(h, gates, self._grid(h, "others"))
 
     def _scalars(self, x: Tensor) -> Tensor:
