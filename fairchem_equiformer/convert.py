@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import sys
+import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 
 import fairchem_equiformer
+from fairchem_equiformer.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +48,9 @@ NAMES = {
     "fairchem_equiformer": CLASSES,
     "fairchem": {ours: theirs for theirs, ours in CLASSES.items()},
 }
-OUR_KEYS = frozenset({"edges_per_chunk"})  # config keys that fairchem's classes do not take
+# Config keys that decide how the numbers are computed, not which: a class may do without them.
+WITHOUT_EFFECT = frozenset({"edges_per_chunk", "activation_checkpoint"})
+_DEFAULTS = {key.name: key.default for key in fields(ModelConfig)}
 
 
 class ConversionError(Exception):
@@ -65,7 +71,7 @@ def convert(checkpoint: dict[str, Any], to: str) -> dict[str, Any]:
     if not {"state_dict", "config"} <= checkpoint.keys():
         raise ConversionError("it holds no state_dict and config: not a checkpoint of fairchem")
     old_config = _model_config(checkpoint["config"])
-    new_config = _rename(old_config, NAMES[to])
+    new_config = _rename(old_config, to)
     old, new = _build(old_config), _build(new_config)
     if _names(old) != _names(new):
         raise ConversionError("parameters differ in name or order: please report this")
@@ -89,31 +95,61 @@ def _model_config(config: Config) -> Config:
     return copy.deepcopy(model)
 
 
-def _rename(model: Config, names: dict[str, str]) -> Config:
-    """The same section with the other side's classes."""
+def _rename(model: Config, to: str) -> Config:
+    """The same section with the other side's classes, and the keys that these take."""
+    names = NAMES[to]
 
     def other(where: str, name: str) -> str:
-        if name not in names:
+        if name in names:
+            return names[name]
+        if name in names.values():
             raise ConversionError(
-                f"config.model{where} is {name!r}; known are {', '.join(sorted(names))}"
+                f"config.model{where} is {name!r} already; --to {_other_side(to)} turns it back"
             )
-        return names[name]
-
-    def known(keys: Config) -> Config:
-        return {key: value for key, value in keys.items() if key not in OUR_KEYS}
+        raise ConversionError(
+            f"config.model{where} is {name!r}; known are {', '.join(sorted(names))}"
+        )
 
     if model["name"] != "hydra":
-        return known(model) | {"name": other(".name", model["name"])}
+        name = other(".name", model["name"])
+        return _shared_keys("", model, name) | {"name": name}
     if not (model.get("backbone") and model.get("heads")):
         raise ConversionError("config.model is a hydra without backbone or heads of its own")
     backbone = model["backbone"]
+    name = other(".backbone.model", backbone["model"])
     return model | {
-        "backbone": known(backbone) | {"model": other(".backbone.model", backbone["model"])},
+        "backbone": _shared_keys(".backbone", backbone, name) | {"model": name},
         "heads": {
             name: head | {"module": other(f".heads.{name}.module", head["module"])}
             for name, head in model["heads"].items()
         },
     }
+
+
+def _other_side(side: str) -> str:
+    return next(name for name in NAMES if name != side)
+
+
+def _shared_keys(where: str, keys: Config, name: str) -> Config:
+    """The keys that the class of this name takes: all of them, or what its signature has.
+
+    Raises:
+        ConversionError: for a key that it lacks, or a value that it does not know, where this
+            changes the model.
+    """
+    parameters = inspect.signature(registry.get_model_class(name)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return keys  # one of ours, which checks its keys by itself
+    lacking = {key for key in keys if key in _DEFAULTS and key not in parameters}
+    changes = {key for key in lacking - WITHOUT_EFFECT if keys[key] != _DEFAULTS[key]}
+    if keys.get("distance_function") == "learnable_gaussian":
+        changes.add("distance_function")  # a key of theirs, but not this value
+    if changes:
+        key = min(changes)
+        raise ConversionError(
+            f"config.model{where}.{key} is {keys[key]!r}, which fairchem's {name} does not have"
+        )
+    return {key: value for key, value in keys.items() if key not in lacking}
 
 
 def _build(model: Config) -> nn.Module:
@@ -197,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="whose classes the new config names (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
+    # Of no use to who runs the command, and printed for each file of each of fairchem's models.
+    warnings.filterwarnings("ignore", "You are using `torch.load`", category=FutureWarning)
     setup_imports()
     try:
         converted = convert(_read(options.source, options.target), options.to)

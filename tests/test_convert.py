@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from fairchem.core import OCPCalculator
+from fairchem.core.common.registry import registry
 
 from fairchem_equiformer import cli, convert
 from tests.conftest import make_atoms, make_tiny_config
@@ -172,10 +175,54 @@ def test_fairchems_deprecated_heads():
     assert ours == {"energy": {"module": "fairchem_equiformer.EnergyHead", "reduce": "mean"}}
 
 
-def test_a_key_of_ours_is_not_passed_on():
-    ours = convert.convert(flat_checkpoint(), "fairchem_equiformer")
-    ours["config"]["model"]["edges_per_chunk"] = 64
-    assert "edges_per_chunk" not in convert.convert(ours, "fairchem")["config"]["model"]
+def our_checkpoint(form, **keys):
+    """A checkpoint of ours with these keys beside those of `stock_config`."""
+    config = stock_config(form, "none")["model"]
+    model = convert._rename(config, "fairchem_equiformer")
+    (model["backbone"] if form == "hydra" else model).update(keys)
+    return {"config": {"model": model}, "state_dict": convert._build(model).state_dict()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fairchems_class_loads_a_checkpoint_with_keys_of_ours(form):
+    keys = {"edges_per_chunk": 64, "activation_checkpoint": True, "use_tag_embedding": False}
+    ours = our_checkpoint(form, **keys)
+    theirs = convert.convert(ours, "fairchem")
+    model = dict(theirs["config"]["model"])
+    stock = registry.get_model_class(model.pop("name"))(**model)
+    stock.load_state_dict(theirs["state_dict"])  # strict: every name and shape
+    saved = ours["state_dict"]
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(parameter, saved[name])
+    kept = {"activation_checkpoint"} if form == "hydra" else set()
+    assert keys.keys() & model.get("backbone", model).keys() == kept
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("key", "value"), [("use_tag_embedding", True), ("distance_function", "learnable_gaussian")]
+)
+def test_what_fairchems_model_does_not_have_is_named(form, key, value):
+    ours = our_checkpoint(form, **{key: value})
+    with pytest.raises(convert.ConversionError, match=rf"{key} is '?{value}.*does not have"):
+        convert.convert(ours, "fairchem")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_that_names_this_package_already(form):
+    with pytest.raises(convert.ConversionError, match="already; --to fairchem turns it back"):
+        convert.convert(our_checkpoint(form), "fairchem_equiformer")
+
+
+def test_the_command_prints_no_warnings(tmp_path):
+    """Such as those of `torch.load` for every file of fairchem's models."""
+    torch.save(our_checkpoint("flat"), tmp_path / "ours.pt")
+    command = [sys.executable, "-m", "fairchem_equiformer.convert", "--to", "fairchem"]
+    done = subprocess.run(
+        [*command, "ours.pt", "theirs.pt"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "theirs.pt: model equiformer_v2\n"
+    assert "Warning" not in done.stderr
 
 
 def break_name(checkpoint):

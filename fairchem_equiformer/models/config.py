@@ -1,4 +1,4 @@
-"""The model's config keys: those of fairchem-core 1.10's ``equiformer_v2``, checked."""
+"""The model's config keys: those of fairchem-core 1.10's EquiformerV2, flat and hydra, checked."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ class ModelConfig:
     avg_degree: float | None = None
     use_energy_lin_ref: bool = False
     load_energy_lin_ref: bool = False
-    activation_checkpoint: bool = False  # keep only the blocks' inputs for the backward pass
+    # Keep only the blocks' inputs for the backward pass. Fairchem's flat model lacks this key.
+    activation_checkpoint: bool = False
     # The keys from here on are not fairchem's.
     # Edges worked on at a time, by default as many as fit the processor's cache (CPU) or 256 MiB
     # (GPU). Fewer need less memory; the results are the same.
