@@ -248,7 +248,8 @@ def _where_to_get(path: Path) -> str:
             if task == "is2re":
                 return f"Download OC20 IS2RE (all splits; {page}): {command}. "
             splits = _s2ef_splits(below)
-            commands = " and ".join(f"{command} --split {name}" for name in splits)
+            # Without --ref-energy the labels are total energies, which no config here is made for.
+            commands = " and ".join(f"{command} --split {name} --ref-energy" for name in splits)
             link = f"; link the .lmdb files of both into {path}, renamed apart"
             return f"Download OC20 S2EF ({page}): {commands}{link if len(splits) > 1 else ''}. "
     return ""

@@ -76,12 +76,12 @@ def test_data_not_set(fairchem, tiny_config, checkpoint, mode):
 @pytest.mark.parametrize(
     ("src", "download"),
     [
-        ("data/oc20/s2ef/2M/train", "--data-path data/oc20 --task s2ef --split 2M."),
-        ("data/oc20/s2ef/all/train", "--split all."),
-        ("data/oc20/s2ef/all/val_ood_cat", "--split val_ood_cat."),
-        ("data/oc20/s2ef/all/test_id", "--split test."),
-        ("data/oc20/s2ef/all_md/train", "--split md; link the .lmdb files of both into data/oc20"),
-        ("s2ef/200k", "--data-path . --task s2ef --split 200k."),
+        ("data/oc20/s2ef/2M/train", "--data-path data/oc20 --task s2ef --split 2M --ref-energy."),
+        ("data/oc20/s2ef/all/train", "--split all --ref-energy."),
+        ("data/oc20/s2ef/all/val_ood_cat", "--split val_ood_cat --ref-energy."),
+        ("data/oc20/s2ef/all/test_id", "--split test --ref-energy."),
+        ("data/oc20/s2ef/all_md/train", "--split md --ref-energy; link the .lmdb files of both"),
+        ("s2ef/200k", "--data-path . --task s2ef --split 200k --ref-energy."),
         ("data/is2re/all/train/data.lmdb", "--data-path data --task is2re."),
         ("data/oc22/s2ef-total/train", "datasets/oc22.html"),
     ],
