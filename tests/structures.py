@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import add_adsorbate, bcc110, fcc100, fcc111, molecule
+from ase.spacegroup import crystal
 from torch_geometric.data import Batch, Data
 
 _SURFACES = {"Cu": fcc111, "Pt": fcc111, "Ni": fcc100, "Fe": bcc110}
@@ -36,6 +37,16 @@ def from_atoms(atoms: Atoms, sid: int = 0) -> Data:
         fixed=torch.zeros(len(atoms)),
         sid=sid,
         fid=0,
+    )
+
+
+def rutile() -> Atoms:
+    """V2O4, unrattled: several neighbours at each distance, and not the same for all atoms."""
+    return crystal(
+        ("V", "O"),
+        basis=[(0, 0, 0), (0.3, 0.3, 0)],
+        spacegroup=136,
+        cellpar=[4.55, 4.55, 2.86, 90, 90, 90],
     )
 
 

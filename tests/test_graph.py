@@ -12,7 +12,9 @@ from fairchem.core.models.base import GraphModelMixin
 from fairchem.core.preprocessing import AtomsToGraphs
 from torch_geometric.data import Batch
 
+from fairchem_equiformer.models import graph as graph_module
 from fairchem_equiformer.models.graph import build_graph
+from tests.structures import rutile
 
 SETTINGS = {
     "cutoff": 6.0,
@@ -69,6 +71,42 @@ def assert_same(ours, stock):
     assert torch.equal(ours.distance, stock.edge_distance)
     assert torch.equal(ours.atomic_numbers, stock.atomic_numbers_full)
     assert torch.equal(ours.batch, stock.batch_full)
+
+
+@pytest.fixture
+def warnings(monkeypatch, caplog):
+    """What the log warns of, as in a process that has not been told anything."""
+    monkeypatch.setattr(graph_module, "_warned", set())
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_crystal_whose_ties_are_cut_is_named_once(warnings, single):
+    for _ in range(2):
+        graph_of(batch_of(slab(), rutile()), max_neighbors=20, use_pbc_single=single)
+    (message,) = warnings.messages
+    assert "of 2 of the 6 atoms of structure 1 of the batch (sid 1001)" in message
+    assert "enforce_max_neighbors_strictly: False" in message
+
+
+@pytest.mark.parametrize(
+    ("atoms", "changes"),
+    [
+        (rutile(), {"enforce_max_neighbors_strictly": False}),
+        (rutile(), {"use_pbc": False, "max_neighbors": 3}),
+        (slab(), {}),
+        (molecule("CH4"), {"max_neighbors": 2}),
+    ],
+    ids=["all are kept", "not periodic", "rattled slab", "molecule"],
+)
+def test_where_no_tie_of_a_crystal_is_cut_nothing_is_said(warnings, atoms, changes):
+    if not atoms.cell:
+        atoms.center(vacuum=5)
+    data = batch_of(atoms)
+    data.pbc = torch.tensor(atoms.pbc)
+    graph_of(data, **{"max_neighbors": 20, **changes})
+    assert warnings.messages == []
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -13,7 +13,16 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import Equiform
 from fairchem_equiformer import EquiformerV2, EquiformerV2Backbone
 from fairchem_equiformer.nn.regularization import ChannelDropout, GraphDropPath
 from tests.models import KEYS, gradients, ours, random_loss, relative_error, stock_class
-from tests.structures import batch_of, in_double, moved, single_atom, slab, three_slabs
+from tests.structures import (
+    batch_of,
+    from_atoms,
+    in_double,
+    moved,
+    rutile,
+    single_atom,
+    slab,
+    three_slabs,
+)
 
 # Another order of sums in float32, and nothing else; and in float64.
 ROUNDING = 1e-5
@@ -191,6 +200,37 @@ class TestSymmetry:
         expected = in_float64(model, structure)
         expected = {"energy": 2 * expected["energy"], "forces": expected["forces"].repeat(2, 1)}
         assert_close(in_float64(model, double), expected, EXACT)
+
+
+class TestCrystals:
+    """Unrattled, all neighbours come in shells, which `max_neighbors` cuts."""
+
+    CHANGES = ("moved", "reversed", "repeated")
+
+    @staticmethod
+    def energy_per_atom(atoms, strict):
+        torch.manual_seed(0)
+        model = ours(max_neighbors=20, enforce_max_neighbors_strictly=strict)
+        return predict(model, batch_of(from_atoms(atoms)))["energy"] / len(atoms)
+
+    @staticmethod
+    def changed(atoms, change):
+        atoms = atoms.copy()
+        if change == "moved":
+            atoms.translate(0.3)
+        return {"moved": atoms, "reversed": atoms[::-1], "repeated": atoms * (2, 1, 1)}[change]
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_not_strict_they_are_the_same_however_they_are_written(self, change):
+        energy = self.energy_per_atom(rutile(), strict=False)
+        other = self.energy_per_atom(self.changed(rutile(), change), strict=False)
+        assert relative_error(other, energy) < ROUNDING
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_strict_they_are_not_as_the_readme_says(self, change):
+        energy = self.energy_per_atom(rutile(), strict=True)
+        other = self.energy_per_atom(self.changed(rutile(), change), strict=True)
+        assert relative_error(other, energy) > 10 * ROUNDING
 
 
 def rotation_error(structure, changes, rotation):

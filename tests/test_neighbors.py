@@ -15,6 +15,7 @@ from torch_geometric.data import Data
 
 from fairchem_equiformer.ops import neighbors
 from fairchem_equiformer.ops.neighbors import neighbor_list, plane_spacings
+from tests.structures import rutile
 
 PERIODIC = (True, True, True)
 
@@ -63,9 +64,9 @@ def fairchem_edges(batch, cutoff, max_neighbors, strict):
     return torch.cat((edge_index.T, image.long()), dim=1)  # [E, 5]
 
 
-def our_edges(batch, cutoff, max_neighbors, strict, pbc=PERIODIC):
+def neighbours(batch, cutoff, max_neighbors, strict, pbc=PERIODIC):
     pbc = torch.tensor(pbc).expand(len(batch.natoms), 3)
-    found = neighbor_list(
+    return neighbor_list(
         batch.pos,
         batch.cell,
         pbc,
@@ -74,6 +75,10 @@ def our_edges(batch, cutoff, max_neighbors, strict, pbc=PERIODIC):
         max_neighbors=max_neighbors,
         strict=strict,
     )
+
+
+def our_edges(*args, **options):
+    found = neighbours(*args, **options)
     return torch.cat((found.source[:, None], found.target[:, None], found.image), dim=1)
 
 
@@ -169,6 +174,18 @@ def test_unwrapped_atoms_have_fairchems_edges_where_it_has_all():
     for strict in (True, False):
         args = (batch, 4.0, 8, strict)
         assert torch.equal(our_edges(*args), fairchem_edges(*args))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_cut_ties_are_told(shift):
+    """Also of a crystal moved by 0.3 Angstrom, where rounding has made equals unequal."""
+    crystal, disordered = rutile(), slab()
+    crystal.translate(shift)
+    batch = batch_of(disordered, crystal)
+    metal = [len(disordered), len(disordered) + 1]  # oxygen's 20th and 21st are not equally far
+    assert neighbours(batch, 8.0, 20, strict=True).cut.tolist() == metal
+    assert len(neighbours(batch, 8.0, 20, strict=False).cut) == 0
+    assert len(neighbours(batch, 8.0, 0, strict=True).cut) == 0
 
 
 @pytest.mark.parametrize("strict", [True, False])

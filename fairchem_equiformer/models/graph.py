@@ -61,7 +61,8 @@ def build_graph(
             those within 0.01 Angstrom^2 of the first one left out, and that one.
         use_pbc: Periodic directions are those of ``data.pbc``, all three if there is none;
             False ignores cell and images.
-        use_pbc_single: Has no effect: structures are always searched one by one.
+        use_pbc_single: Search structures one by one, so that ties between equally far neighbours
+            do not depend on the rest of the batch; slower for many small ones.
         otf_graph: False takes ``edge_index``, ``cell_offsets`` and ``neighbors`` from the batch if
             it has them (``max_neighbors`` is then not applied).
         max_num_elements: Atomic numbers run from 0 to this, excluded.
@@ -90,6 +91,7 @@ def build_graph(
                 edges = _one_by_one(search, structures)
             else:
                 edges = search(structures.pos, structures.cell, structures.pbc, structures.natoms)
+            _warn_of_cut_ties(structures, edges.cut)
         return _edge_graph(structures, edges)
 
 
@@ -258,7 +260,7 @@ def _given_edges(data: Any, structures: _Structures, *, use_pbc: bool) -> Neighb
     itself = (source == target) & (image == 0).all(dim=1)
     order = torch.argsort(target, stable=True)
     order = order[~itself[order]]
-    return NeighborList(source[order], target[order], image[order])
+    return NeighborList(source[order], target[order], image[order], cut=target[:0])
 
 
 def _one_by_one(search: Callable[..., NeighborList], structures: _Structures) -> NeighborList:
@@ -266,14 +268,39 @@ def _one_by_one(search: Callable[..., NeighborList], structures: _Structures) ->
     for graph, pos in enumerate(torch.split(structures.pos, structures.natoms.tolist())):
         one = slice(graph, graph + 1)
         edges = search(pos, structures.cell[one], structures.pbc[one], structures.natoms[one])
-        found.append((edges.source + first, edges.target + first, edges.image))
+        source, target, image, cut = edges
+        found.append((source + first, target + first, image, cut + first))
         first += len(pos)
-    source, target, image = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return NeighborList(source, target, image)
+    return NeighborList(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+_warned: set[str] = set()  # what this process has been told
+
+
+def _warn_of_cut_ties(structures: _Structures, cut: Tensor) -> None:
+    """Say once that a crystal's neighbours are chosen among equals, and what to do."""
+    if len(cut) == 0 or "ties" in _warned:
+        return
+    cut = cut[structures.pbc[structures.batch[cut]].any(dim=1)]
+    if len(cut) == 0:
+        return
+    _warned.add("ties")
+    graph = int(structures.batch[cut[0]])
+    atoms = int((structures.batch[cut] == graph).sum())
+    logger.warning(
+        "max_neighbors cuts between equally far neighbours of %d of the %d atoms of %s. Which of"
+        " them stay is then a matter of rounding: a perfect crystal's energy can change by some"
+        " 10 meV when it is moved, turned or repeated. For crystals, train with"
+        " enforce_max_neighbors_strictly: False, which keeps all of them; a model trained with"
+        " True, as those of OC20 for slabs, keeps True. This is said once",
+        atoms,
+        int(structures.natoms[graph]),
+        structures.name(graph),
+    )
 
 
 def _edge_graph(structures: _Structures, edges: NeighborList) -> EdgeGraph:
-    source, target, image = edges
+    source, target, image, _ = edges
     pos, cell = structures.pos, structures.cell[structures.batch[target]]
     offset = torch.bmm(image.to(cell.dtype).unsqueeze(1), cell).squeeze(1)
     vector = pos[source] - pos[target] + offset.to(pos.dtype)

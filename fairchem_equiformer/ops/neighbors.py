@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 TIE_TOLERANCE = 0.01
 """Angstrom^2 by which the non-strict mode exceeds the first neighbour beyond ``max_neighbors``."""
 
+ROUNDING = 32
+"""Squared distances nearer than this times their last digit are equal: positions are rounded."""
+
 _PAIRS_AT_ONCE = 1 << 18  # candidate pairs in flight: bounds the memory, about 100 bytes a pair
 _SURPLUS = 2.0  # neighbours expected in the first radius, over those wanted
 _GROWTH = 2.0  # of the radius from one round to the next
@@ -53,6 +56,13 @@ class NeighborList(NamedTuple):
     source: Tensor  # [E] int64
     target: Tensor  # [E] int64
     image: Tensor  # [E, 3] int64, lattice vectors to add to the source's position
+    cut: Tensor  # [A] int64, atoms whose nearest lost neighbour is as far as their farthest one
+
+
+class _Edges(NamedTuple):
+    source: Tensor  # [E] int64
+    target: Tensor  # [E] int64
+    image: Tensor  # [E, 3] int64
 
 
 class _Rule(NamedTuple):
@@ -147,34 +157,40 @@ def neighbor_list(
         strict: Keep no more than that among equally distant ones.
 
     Returns:
-        Edges sorted by target, then source, then image.
+        Edges sorted by target, then source, then image, and the atoms for which the strict mode
+        chose among neighbours that are equally far, up to rounding.
     """
     if len(pos) == 0:
         nothing = natoms.new_empty(0)
-        return NeighborList(nothing, nothing, natoms.new_empty(0, 3))
+        return NeighborList(nothing, nothing, natoms.new_empty(0, 3), nothing)
     rule = _Rule(cutoff, max_neighbors, strict)
     atoms = _prepare(pos, cell, pbc, natoms, cutoff)
     radius = _first_radius(atoms, pbc, natoms, rule)
     pending = torch.arange(len(pos), device=pos.device)
-    found, tied = [], []
+    found, cut, tied = [], [], []
     while len(pending) > 0:
         incomplete = []
         ghosts = _ghosts(atoms, pending, radius)
         for targets, pairs in _pairs(atoms, pending, ghosts, radius, cutoff):
-            limit, tie = _limit(pairs, len(targets), rule)
+            limit, tie, close = _limit(pairs, len(targets), rule)
             target_radius = radius[atoms.batch[targets]]
             complete = (limit <= target_radius**2) | (target_radius >= cutoff)
             incomplete.append(targets[~complete])
-            tied.append(targets[complete & tie])
+            # All that is equal up to rounding in one step: each makes the host wait for a GPU.
+            close = torch.nonzero(complete & close).squeeze(1)
+            cut.append(targets[close])
+            tied.append(tie[close])
             limit = torch.where(complete & ~tie, limit, -1.0)
             chosen = torch.nonzero(pairs.distance_sqr <= limit[pairs.row]).squeeze(1)
             found.append(_edges(atoms, targets, ghosts, _in_order(pairs, ghosts, chosen)))
         pending = torch.cat(incomplete)
         radius = (radius * _GROWTH).clamp(max=cutoff)
-    found += _break_ties(atoms, torch.cat(tied), rule)
+    undecided = torch.cat(cut)
+    if len(undecided) > 0:
+        found += _break_ties(atoms, undecided[torch.cat(tied)], rule)
     source, target, image = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = torch.argsort(target, stable=True)
-    return NeighborList(source[order], target[order], image[order])
+    return NeighborList(source[order], target[order], image[order], undecided)
 
 
 def _lattice(cell: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
@@ -358,10 +374,10 @@ def _in_order(pairs: _Pairs, ghosts: _Ghosts, chosen: Tensor) -> _Pairs:
     return _Pairs(*(values[chosen] for values in pairs))
 
 
-def _edges(atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, pairs: _Pairs) -> NeighborList:
+def _edges(atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, pairs: _Pairs) -> _Edges:
     target = targets[pairs.row]
     image = _given_image(atoms, target, ghosts, pairs.ghost)
-    return NeighborList(ghosts.atom[pairs.ghost], target, image)
+    return _Edges(ghosts.atom[pairs.ghost], target, image)
 
 
 def _image_offset(atoms: _Atoms, graph: Tensor, image: Tensor) -> Tensor:
@@ -383,27 +399,31 @@ def _image_offset(atoms: _Atoms, graph: Tensor, image: Tensor) -> Tensor:
     return torch.cat(offsets)
 
 
-def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor]:
-    """Largest squared distance that each target accepts, and whether more accept it than may.
+def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest squared distance that each target accepts, and whether the strict rule cuts a tie.
 
     Returns:
-        [rows] Angstrom^2, infinite if all pairs are accepted, and [rows] bool.
+        [rows] Angstrom^2, infinite if all pairs are accepted; [rows] bool, whether more accept it
+        than may; [rows] bool, whether more are that far up to rounding.
     """
     limit = pairs.distance_sqr.new_full((rows,), torch.inf)
     tie = torch.zeros_like(limit, dtype=torch.bool)
     count = torch.bincount(pairs.row, minlength=rows)
     width, k = int(count.max()), rule.max_neighbors
     if k <= 0 or width <= k:
-        return limit, tie
+        return limit, tie, tie
     table = _table(pairs, count, width)
     nearest = torch.topk(table, k + 1, dim=1, largest=False).values
     full = count > k
-    if rule.strict:
-        limit = torch.where(full, nearest[:, k - 1], limit)
-        tie = full & (nearest[:, k - 1] == nearest[:, k])
-    else:
-        limit = torch.where(full, nearest[:, k] + TIE_TOLERANCE, limit)
-    return limit, tie
+    if not rule.strict:
+        return torch.where(full, nearest[:, k] + TIE_TOLERANCE, limit), tie, tie
+    last, lost = nearest[:, k - 1], nearest[:, k]
+    rounding = ROUNDING * torch.finfo(last.dtype).eps
+    return (
+        torch.where(full, last, limit),
+        full & (last == lost),
+        full & (lost - last <= rounding * last),
+    )
 
 
 def _table(pairs: _Pairs, count: Tensor, width: int) -> Tensor:
@@ -416,7 +436,7 @@ def _table(pairs: _Pairs, count: Tensor, width: int) -> Tensor:
     return table
 
 
-def _break_ties(atoms: _Atoms, tied: Tensor, rule: _Rule) -> list[NeighborList]:
+def _break_ties(atoms: _Atoms, tied: Tensor, rule: _Rule) -> list[_Edges]:
     """Edges of the targets where the strict rule has to choose among equals, as fairchem does."""
     if len(tied) == 0:
         return []
