@@ -45,11 +45,16 @@ LMDB_FORMATS = frozenset(
         "fairchem_equiformer.data.noisy_nodes.NoisyNodesLmdb",
     }
 )
+# The formats that hand on the labels that `a2g_args` asks for, and no others.
+ASE_FORMATS = frozenset({"ase_db", "ase_read", "ase_read_multi"})
+ASE_LABELS = frozenset({"energy", "forces", "stress"})
 QM9_FORMAT = "fairchem_equiformer.data.qm9.QM9Dataset"
 LBFGS_OPTIONS = frozenset({"maxstep", "memory", "damping", "alpha", "traj_dir"})
 AUXILIARY_TASK_TRAINER = "fairchem_equiformer.trainer.AuxiliaryTaskTrainer"
 ENERGY_TRAINERS = frozenset({"equiformerv2_energy", AUXILIARY_TASK_TRAINER})
 SCHEDULE_IN_EPOCHS = ENERGY_TRAINERS | {"equiformerv2_forces"}
+# fairchem's own, by all of their names: a checkpoint holds that of the task.
+PLAIN_TRAINERS = frozenset({"ocp", "energy", "forces", "s2ef", "is2re"})
 
 
 class InputError(Exception):
@@ -79,9 +84,11 @@ def check(args: Namespace, overrides: list[str]) -> None:
     if "multitask" in config.get("trainer", ""):
         return  # its data stand elsewhere in the config
     _check_losses(args.config_yml, config)
+    _check_schedule(args.config_yml, config, args.mode)
     splits = _splits(args.config_yml, config)
     _check_noise(args.config_yml, splits)
     _check_data(args.config_yml, splits, args.mode)
+    _check_labels(args.config_yml, config, splits, args.mode)
     _check_checkpoint(args.checkpoint, config, splits, args.mode)
     if args.mode == "run-relaxations":
         _check_relaxation(args.config_yml, config.get("task") or {})
@@ -146,6 +153,24 @@ def _check_losses(file: Path, config: Config) -> None:
                     f"{file}: loss_functions: {target}: coefficient is {coefficient}, which needs "
                     f"trainer: {AUXILIARY_TASK_TRAINER}; others take a number"
                 )
+
+
+def _check_schedule(file: Path, config: Config, mode: str) -> None:
+    """The trainer knows the schedule, and its times are epochs: not so in a checkpoint's config."""
+    optim, trainer = config["optim"], config.get("trainer", "ocp")
+    times = optim.get("scheduler_params") or {}
+    if trainer in PLAIN_TRAINERS and optim.get("scheduler") == "LambdaLR":
+        raise InputError(
+            f"{file}: optim.scheduler is LambdaLR, which the trainer {trainer} cannot make: set "
+            "trainer: equiformerv2_forces, or equiformerv2_energy for energies alone (the config "
+            "in a checkpoint has s2ef or is2re in its place)"
+        )
+    if mode == "train" and trainer in SCHEDULE_IN_EPOCHS and "epochs" in times:
+        raise InputError(
+            f"{file}: optim.scheduler_params is that of a checkpoint, where warmup_epochs "
+            f"({times.get('warmup_epochs')}) counts steps: it would be taken for epochs. Write it "
+            "in epochs, such as 0.1, and delete the keys epochs and lr, which the trainer adds"
+        )
 
 
 def _check_noise(file: Path, splits: dict[str, Config]) -> None:
@@ -221,6 +246,34 @@ def _check_ase_db(where: str, src: str | list[str], hint: str) -> None:
                 f"ase.db, or download OMat24 from https://huggingface.co/datasets/fairchem/OMAT24. "
                 f"If the data lie elsewhere, {hint}"
             )
+
+
+def _check_labels(file: Path, config: Config, splits: dict[str, Config], mode: str) -> None:
+    """What is trained on is read from databases of ASE."""
+    for name in {"train": ("train", "val"), "validate": ("val",)}.get(mode, ()):
+        split = splits[name]
+        if not split.get("src") or split.get("format") not in ASE_FORMATS:
+            continue
+        read = {f"r_{label}": label for label in ASE_LABELS}
+        given = {read.get(key) for key, value in (split.get("a2g_args") or {}).items() if value}
+        for new in (split.get("key_mapping") or {}).values():
+            given |= {new} if isinstance(new, str) else set(new)
+        if missing := sorted(_labels(config, split) - given):
+            settings = ", ".join(f"r_{label}: True" for label in missing)
+            raise InputError(
+                f"{file}: dataset.{name}: loss_functions has {' and '.join(missing)}, which "
+                f"{split['format']} reads only if asked to: set a2g_args: {{{settings}}} under "
+                "dataset.train"
+            )
+
+
+def _labels(config: Config, split: Config) -> set[str]:
+    """Labels that the losses compare with, whole where a transform takes them apart."""
+    targets = {target for losses in config.get("loss_functions") or [] for target in losses}
+    tensors = (split.get("transforms") or {}).get("decompose_tensor") or {}
+    if not targets.isdisjoint(tensors.get("decomposition") or {}):
+        targets.add(tensors["tensor"])
+    return targets & ASE_LABELS
 
 
 def _check_qm9(file: Path, splits: dict[str, Config]) -> None:

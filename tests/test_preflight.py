@@ -92,7 +92,10 @@ def test_missing_open_catalyst_data_say_what_to_download(fairchem, tiny_config, 
 
 
 def test_data_of_other_formats_are_left_to_their_class(fairchem, tiny_config):
-    tiny_config["dataset"] = {"train": {"format": "ase_db", "src": "mysql://host/table"}}
+    labels = {"r_energy": True, "r_forces": True}
+    tiny_config["dataset"] = {
+        "train": {"format": "ase_db", "src": "mysql://host/table", "a2g_args": labels}
+    }
     assert fairchem(tiny_config) == (0, "")
 
 
@@ -100,11 +103,30 @@ def test_missing_ase_database(fairchem, tiny_config, tmp_path):
     (tmp_path / "there.db").touch()
     splits = tiny_config["dataset"]
     splits["train"]["format"] = "ase_db"
+    splits["train"]["a2g_args"] = {"r_energy": True, "r_forces": True}
     for split in splits.values():
         split["src"] = [str(tmp_path / "*.db"), "postgresql://host/base"]
     assert fairchem(tiny_config) == (0, "")
     splits["val"]["src"] = ["crystals.db"]
     assert_one_line(fairchem(tiny_config), "dataset.val.src", "crystals.db", "ase.db")
+
+
+def test_labels_that_ase_databases_are_not_asked_for(fairchem, tiny_config, tmp_path):
+    """Of a tensor that is taken apart, the tensor; under another name, that."""
+    (tmp_path / "there.db").touch()
+    train = tiny_config["dataset"]["train"]
+    tiny_config["dataset"] = {"train": train}
+    train |= {"format": "ase_db", "src": str(tmp_path / "there.db"), "a2g_args": {"r_forces": True}}
+    train["transforms"]["decompose_tensor"] = {
+        "tensor": "stress",
+        "decomposition": {"stress_isotropic": {"irrep_dim": 0}},
+    }
+    tiny_config["loss_functions"].append({"stress_isotropic": {"fn": "mae", "coefficient": 1}})
+    settings = "a2g_args: {r_energy: True, r_stress: True} under dataset.train"
+    assert_one_line(fairchem(tiny_config), "dataset.train: loss_functions has energy", settings)
+    train["a2g_args"]["r_stress"] = True
+    train["key_mapping"] = {"corrected_energy": ["energy", "target"]}
+    assert fairchem(tiny_config) == (0, "")
 
 
 def test_folder_without_lmdb(fairchem, tiny_config, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests import test_configs, test_is2re, test_omat24, test_qm9
+from tests import test_configs, test_is2re, test_omat24, test_own_data, test_qm9
 from tests.test_configs import CONFIGS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -27,6 +27,7 @@ def test_parameters_are_those_that_the_models_are_tested_for() -> None:
     expected |= {f"oc20/is2re/{n}.yml": p.parameters for n, p in test_is2re.EXPERIMENTS.items()}
     expected |= {f"omat24/{name}.yml": count for name, count in test_omat24.PARAMETERS.items()}
     expected["omat24/finetune.yml"] = test_omat24.PARAMETERS["eqv2_31M"]
+    expected["own_data/eqv2_31M.yml"] = test_own_data.PARAMETERS
     for name in test_qm9.EXPERIMENTS:
         expected[f"qm9/{name}"] = test_qm9.expected_parameters(name)
     assert rows() == expected
