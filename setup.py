@@ -1,6 +1,7 @@
 """What setup.cfg cannot say: the two files of `startup/`, and the compiled kernels."""
 
 import platform
+import runpy
 from pathlib import Path
 
 # First setuptools: Python 3.12 has no distutils of its own.
@@ -36,11 +37,14 @@ def kernels() -> list[Extension]:
     flags.append("-fno-associative-math")  # the sigmoid rounds by adding a large number
     if platform.machine() == "x86_64":
         flags.append("-mrecip=vec-div")
+    # The file by itself: importing the package imports what it needs at run time.
+    fingerprint = runpy.run_path(str(KERNELS / "sources.py"))["fingerprint"](KERNELS)
     return [
         Extension(
             "fairchem_equiformer.ops.native._kernels",
             sources=sorted(map(str, KERNELS.glob("*.cpp"))),
-            depends=sorted(map(str, KERNELS.glob("*.h"))),
+            depends=[*sorted(map(str, KERNELS.glob("*.h"))), str(KERNELS / "sources.py")],
+            define_macros=[("BUILT_FROM", f'"{fingerprint}"')],
             extra_compile_args=flags,
             # OpenMP is torch's own, found through it: a second one would spin on the same cores.
             # Not -fopenmp here, which links another, nor -ffast-math, which changes the process.

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import re
+import shutil
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,23 +25,27 @@ from fairchem_equiformer.ops.attention_weights import (
 from fairchem_equiformer.ops.edges import prepare_edges
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.message import message, message_backward
-from fairchem_equiformer.ops.native import loader
+from fairchem_equiformer.ops.native import interface, loader
 from fairchem_equiformer.ops.radial import (
     EdgeScalars,
     GaussianBasis,
     RadialTables,
     RadialWeights,
+    _first_layer,
+    _norm_silu,
     radial_function,
 )
 from fairchem_equiformer.ops.rotate import chunk_frames
 from fairchem_equiformer.ops.s2_activation import s2_activation
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import layout
+from tests.kernels import called_kernels, with_backward
 from tests.test_ops import make_graph
 from tests.tolerances import assert_close
 
 CPU = torch.device("cpu")
 SINGLE = torch.float32
+MLP = with_backward("silu_samples", "integrate_silu")
 
 
 @pytest.fixture(autouse=True)
@@ -43,24 +53,143 @@ def _the_library_is_there():
     assert loader.library() is not None
 
 
-def in_both_ways(monkeypatch_context, function, *inputs):
-    """Value and gradients with the kernels and without them."""
-    found = []
-    for kernels in (True, False):
-        with monkeypatch_context() as patch:
-            if not kernels:
-                patch.setattr(loader, "library", lambda: None)
-            leaves = [x.detach().clone().requires_grad_() for x in inputs]
-            value = function(*leaves)
-            flow = torch.linspace(-1, 1, value.numel()).view(value.shape)
-            found.append((value, *torch.autograd.grad(value, leaves, flow)))
-    return zip(*found, strict=True)
+# The functions: each gives its value and its gradients, in float64 by the reference
+
+
+def differentiated(function):
+    """Value of a function of leaves, and their gradients."""
+
+    def both(*inputs):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        value = function(*leaves)
+        flow = torch.linspace(-1, 1, value.numel()).view(value.shape)
+        return value.detach(), *torch.autograd.grad(value, leaves, flow)
+
+    return both
+
+
+def on_the_grid(kind, sizes, resolution, wanted="all"):
+    """Of rows [B, 7 + R C]: other columns stand before, as the first SO(2) layer leaves them."""
+
+    @differentiated
+    def both(x, *weight):
+        sphere = grid(sizes, resolution, x.dtype, CPU, wanted=wanted)
+        rows = x[:, 7:].unflatten(1, (sizes.num_rows, -1))
+        return s2_activation(rows, sphere) if kind == "s2" else grid_mlp(rows, *weight, sphere)
+
+    return both
+
+
+def frames_of_chunks(degrees, sizes, max_edges):
+    edges = prepare_edges(make_graph(degrees), sizes, 1, SINGLE, max_edges=max_edges)
+    return [chunk_frames(edges, chunk) for chunk in edges.chunks]
+
+
+def in_dtype(frames, dtype):
+    return replace(frames, compact=frames.compact.to(dtype))
+
+
+def messages(frames, sizes, *, by_degree):
+    def both(x, radial, grad):
+        x_grad = torch.ones_like(x)
+        turned = in_dtype(frames, x.dtype)
+        scaled, sent = message(x, turned, radial, sizes, by_degree=by_degree)
+        radial_grad = message_backward(grad, sent, x, x_grad, sizes, by_degree=by_degree)
+        return scaled, x_grad, radial_grad
+
+    return both
+
+
+def sums(frames, sizes):
+    def both(values, alpha, grad):
+        turned = in_dtype(frames, values.dtype)
+        gradients = aggregate_backward(grad, values, alpha, turned, sizes)
+        return aggregate(values, alpha, turned, sizes), *gradients
+
+    return both
+
+
+def softmax(frames):
+    def both(logits, grad):
+        alpha = attention_softmax(logits, frames)
+        return alpha, attention_softmax_backward(alpha, grad, frames)
+
+    return both
+
+
+def logits(heads, channels):
+    """Of scalars [E, heads A + 5]: other columns stand behind."""
+
+    @differentiated
+    def both(scalars, dot, *norm):
+        return attention_logits(scalars[:, :-5].unflatten(1, (heads, channels)), norm or None, dot)
+
+    return both
+
+
+def radial(basis, elements, *, embeddings):
+    def both(distance, *weights):
+        centers = basis.centers.to(distance)
+
+        @differentiated
+        def of_weights(*weights):
+            weights = weights if embeddings else (None, None, *weights)
+            tables = RadialTables.of(RadialWeights(*weights))
+            scalars = EdgeScalars(distance, *elements)
+            return radial_function(scalars, tables, basis._replace(centers=centers))
+
+        return of_weights(*weights)
+
+    return both
+
+
+def first_layer(basis, elements):
+    """Of the radial function."""
+
+    def both(distance, *weights):
+        centers = basis.centers.to(distance)
+
+        @differentiated
+        def of_weights(matrix, source, target, bias):
+            tables = RadialTables(matrix, source, target, bias, *[None] * 11)
+            scalars = EdgeScalars(distance, *elements)
+            return _first_layer(scalars, tables, basis._replace(centers=centers))
+
+        return of_weights(*weights)
+
+    return both
+
+
+def radial_weights(draw, num_basis, hidden, *, embeddings):
+    tables = [draw(9, 8), draw(9, 8)] if embeddings else []
+    columns = num_basis + 8 * len(tables)
+    shapes = [(hidden, columns), *[(hidden,)] * 3, (hidden, hidden), *[(hidden,)] * 3]
+    return [*tables, *(draw(*shape) for shape in (*shapes, (6, hidden), (6,)))]
+
+
+# Equal to the reference
+
+
+def by_kernels_and_exactly(function, inputs, kernels):
+    """Each result by the kernels, all of which must run, and by the reference in float64."""
+    with called_kernels() as called:
+        found = function(*inputs)
+    assert called == kernels
+    return zip(found, function(*(x.double() for x in inputs)), strict=True)
+
+
+def draws(seed):
+    return partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+
+
+DEGREES = st.tuples(st.integers(0, 8), st.integers(0, 8)).filter(lambda d: d[1] <= d[0])
+POSITIVE_DEGREES = DEGREES.filter(lambda d: d[0] > 0)
 
 
 @settings(deadline=None, max_examples=50)
 @given(
-    degrees=st.tuples(st.integers(1, 6), st.integers(0, 6)).filter(lambda d: d[1] <= d[0]),
-    resolution=st.sampled_from([None, 14, 18]),
+    degrees=POSITIVE_DEGREES,
+    finer=st.sampled_from([None, 0, 4]),
     channels=st.sampled_from([16, 48, 64, 80]),
     items=st.integers(0, 5),
     wanted=st.sampled_from(["all", "scalars", "others"]),
@@ -68,85 +197,59 @@ def in_both_ways(monkeypatch_context, function, *inputs):
     scale=st.sampled_from([1.0, 30.0]),
     seed=st.integers(0, 2**31),
 )
-def test_functions_on_the_grid(degrees, resolution, channels, items, wanted, kind, scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = layout(*degrees)
-    sphere = grid(sizes, resolution, SINGLE, CPU, wanted=wanted)
-    # Rows with other columns before them, as the first SO(2) layer leaves them.
-    x = torch.randn(items, 7 + sizes.num_rows * channels, generator=generator) * scale
-    weight = torch.randn(channels, channels, generator=generator) / channels**0.5
-
-    def function(x, weight):
-        rows = x[:, 7:].unflatten(1, (sizes.num_rows, channels))
-        if kind == "s2":
-            return s2_activation(rows, sphere) + 0 * weight.sum()
-        return grid_mlp(rows.contiguous(), weight, sphere)
-
-    assert native.grid_kernels(sphere, x[:, 7:].unflatten(1, (-1, channels))) is not None
-    for ours, expected in in_both_ways(pytest.MonkeyPatch.context, function, x, weight):
+def test_functions_on_the_grid(degrees, finer, channels, items, wanted, kind, scale, seed):
+    draw, sizes = draws(seed), layout(*degrees)
+    resolution = None if finer is None else 2 * (sizes.lmax + 1) + finer
+    inputs = [draw(items, 7 + sizes.num_rows * channels) * scale]
+    kernels = with_backward("s2_activation")
+    if kind == "mlp":
+        inputs.append(draw(channels, channels) / channels**0.5)
+        kernels = MLP if items else set()
+    function = on_the_grid(kind, sizes, resolution, wanted)
+    for ours, expected in by_kernels_and_exactly(function, inputs, kernels):
         assert_close(ours, expected, "activation")
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    degrees=st.tuples(st.integers(0, 6), st.integers(0, 6)).filter(lambda d: d[1] <= d[0]),
+    degrees=DEGREES,
     channels=st.sampled_from([16, 48, 64, 80]),
     by_degree=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_messages(degrees, channels, by_degree, seed):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = layout(*degrees)
-    edges = prepare_edges(make_graph([0, 3, 0, 5, 2]), sizes, channels, SINGLE, max_edges=5)
+    draw, sizes = draws(seed), layout(*degrees)
     weights = sizes.num_degrees(0) if by_degree else len({(d, abs(m)) for d, m in sizes.m_major})
-    draw = partial(torch.randn, generator=generator)
     x = draw(5, sizes.num_coefficients, channels)
-    for chunk in edges.chunks:
-        frames = chunk_frames(edges, chunk)
-        radial = draw(len(frames.source), weights, 2 * channels)
-        grad = draw(len(frames.source), sizes.num_rows, 2 * channels)
-        found = []
-        for kernels in (True, False):
-            with pytest.MonkeyPatch.context() as patch:
-                if not kernels:
-                    patch.setattr(loader, "library", lambda: None)
-                x_grad = torch.ones_like(x)
-                scaled, sent = message(x, frames, radial, sizes, by_degree=by_degree)
-                assert (sent.rotated is None) == kernels
-                radial_grad = message_backward(grad, sent, x, x_grad, sizes, by_degree=by_degree)
-            found.append((scaled, x_grad, radial_grad))
-        for ours, expected in zip(*found, strict=True):
+    for frames in frames_of_chunks([0, 3, 0, 5, 2], sizes, max_edges=5):
+        edges = len(frames.source)
+        inputs = x, draw(edges, weights, 2 * channels), draw(edges, sizes.num_rows, 2 * channels)
+        function = messages(frames, sizes, by_degree=by_degree)
+        for ours, expected in by_kernels_and_exactly(
+            function, inputs, with_backward("edge_message")
+        ):
             assert_close(ours, expected, "rotate")
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    degrees=st.tuples(st.integers(1, 6), st.integers(0, 6)).filter(lambda d: d[1] <= d[0]),
+    degrees=POSITIVE_DEGREES,
     wanted=st.sampled_from(["all", "vectors"]),
     heads=st.sampled_from([1, 3, 8]),
     channels=st.sampled_from([16, 32]),
     seed=st.integers(0, 2**31),
 )
 def test_aggregate(degrees, wanted, heads, channels, seed):
-    generator = torch.Generator().manual_seed(seed)
-    draw = partial(torch.randn, generator=generator)
-    sizes = layout(*degrees)
+    draw, sizes = draws(seed), layout(*degrees)
     out = sizes if wanted == "all" else layout(1, min(1, sizes.mmax), 1)
-    edges = prepare_edges(make_graph([0, 3, 0, 5, 2]), sizes, channels, SINGLE, max_edges=5)
-    for chunk in edges.chunks:
-        frames = chunk_frames(edges, chunk)
-        values = draw(len(frames.source), out.num_rows, heads, channels)
-        alpha = draw(len(frames.source), heads)
-        grad = draw(frames.num_nodes, out.num_coefficients, heads * channels)
-        assert native.aggregate_kernels(values, alpha, sizes, out) is not None
-        found = []
-        for kernels in (True, False):
-            with pytest.MonkeyPatch.context() as patch:
-                if not kernels:
-                    patch.setattr(loader, "library", lambda: None)
-                result = aggregate(values, alpha, frames, out)
-                found.append((result, *aggregate_backward(grad, values, alpha, frames, out)))
-        for ours, expected in zip(*found, strict=True):
+    for frames in frames_of_chunks([0, 3, 0, 5, 2], sizes, max_edges=5):
+        inputs = (
+            draw(len(frames.source), out.num_rows, heads, channels),
+            draw(len(frames.source), heads),
+            draw(frames.num_nodes, out.num_coefficients, heads * channels),
+        )
+        kernels = with_backward("edge_aggregate")
+        for ours, expected in by_kernels_and_exactly(sums(frames, out), inputs, kernels):
             assert_close(ours, expected, "rotate")
 
 
@@ -160,19 +263,11 @@ def test_aggregate(degrees, wanted, heads, channels, seed):
     seed=st.integers(0, 2**31),
 )
 def test_attention_logits(heads, channels, edges, norm, scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    draw = partial(torch.randn, generator=generator)
-    # With other columns after them, as the first SO(2) layer leaves them.
-    scalars = draw(edges, heads * channels + 5) * scale
-    weights = [draw(heads, channels)] + [draw(channels) for _ in range(2 * norm)]
-
-    def function(scalars, dot, *norm):
-        rows = scalars[:, :-5].unflatten(1, (heads, channels))
-        return attention_logits(rows, norm or None, dot)
-
-    rows = scalars[:, :-5].unflatten(1, (heads, channels))
-    assert native.logit_kernels(rows, weights[1:] or None, weights[0], 1e-5) is not None
-    for ours, expected in in_both_ways(pytest.MonkeyPatch.context, function, scalars, *weights):
+    draw = draws(seed)
+    inputs = [draw(edges, heads * channels + 5) * scale, draw(heads, channels)]
+    inputs += [draw(channels) for _ in range(2 * norm)]
+    kernels = with_backward("attention_logits")
+    for ours, expected in by_kernels_and_exactly(logits(heads, channels), inputs, kernels):
         assert_close(ours, expected, "activation")
 
 
@@ -184,107 +279,193 @@ def test_attention_logits(heads, channels, edges, norm, scale, seed):
     seed=st.integers(0, 2**31),
 )
 def test_attention_softmax(degrees, heads, scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    edges = prepare_edges(make_graph(degrees), layout(1, 1), 16, SINGLE, max_edges=4)
-    for chunk in edges.chunks:
-        frames = chunk_frames(edges, chunk)
+    draw = draws(seed)
+    for frames in frames_of_chunks(degrees, layout(1, 1), max_edges=4):
         if not len(frames.source):
             continue
-        logits = torch.randn(len(frames.source), heads, generator=generator) * scale
-        grad = torch.randn(logits.shape, generator=generator)
-        found = []
-        for kernels in (True, False):
-            with pytest.MonkeyPatch.context() as patch:
-                if not kernels:
-                    patch.setattr(loader, "library", lambda: None)
-                alpha = attention_softmax(logits, frames)
-                found.append((alpha, attention_softmax_backward(alpha, grad, frames)))
-        (ours, ours_grad), (expected, expected_grad) = found
-        assert_close(ours, expected, "segments")
-        # Differences of numbers as large as `grad`, which all but cancel where one edge has it all.
-        assert (ours_grad - expected_grad).abs().max() < 2e-6 * grad.abs().max()
+        inputs = draw(len(frames.source), heads) * scale, draw(len(frames.source), heads)
+        alpha, grad = by_kernels_and_exactly(softmax(frames), inputs, with_backward("edge_softmax"))
+        assert_close(*alpha, "segments")
+        # Differences of numbers as large as the gradient given, which all but cancel where one
+        # edge has it all.
+        assert (grad[0] - grad[1]).abs().max() < 2e-6 * inputs[1].abs().max()
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     num_basis=st.sampled_from([2, 17, 50, 600]),
-    hidden=st.sampled_from([16, 64, 128]),
+    hidden=st.sampled_from([16, 32, 64, 128]),
     width=st.sampled_from([0.5, 2.0]),
     embeddings=st.booleans(),
     distances=st.lists(st.floats(0.01, 14), max_size=70),
     seed=st.integers(0, 2**31),
 )
 def test_radial_function(num_basis, hidden, width, embeddings, distances, seed):
-    generator = torch.Generator().manual_seed(seed)
-    draw = partial(torch.randn, generator=generator)
     spacing = 12 / (num_basis - 1)
     basis = GaussianBasis(torch.linspace(0, 12, num_basis), -0.5 / (width * spacing) ** 2)
-    distance = torch.tensor(distances, dtype=SINGLE)
+    generator = torch.Generator().manual_seed(seed)
     elements = torch.randint(0, 9, (2, len(distances)), generator=generator)
-    tables = [draw(9, 8), draw(9, 8)] if embeddings else []
-    columns = num_basis + 8 * len(tables)
-    shapes = [(hidden, columns), *[(hidden,)] * 3, (hidden, hidden), *[(hidden,)] * 3]
-    weights = [*tables, *(draw(*shape) for shape in (*shapes, (6, hidden), (6,)))]
-
-    def function(*weights):
-        if not embeddings:
-            weights = None, None, *weights
-        scalars = EdgeScalars(distance, *elements)
-        return radial_function(scalars, RadialTables.of(RadialWeights(*weights)), basis)
-
-    for ours, expected in in_both_ways(pytest.MonkeyPatch.context, function, *weights):
+    weights = radial_weights(draws(seed), num_basis, hidden, embeddings=embeddings)
+    inputs = torch.tensor(distances, dtype=SINGLE), *weights
+    function = radial(basis, elements, embeddings=embeddings)
+    kernels = with_backward("gaussians_times", "layer_norm_silu")
+    for ours, expected in by_kernels_and_exactly(function, inputs, kernels):
         assert_close(ours, expected, "radial")
 
 
-def test_kernels_of_the_radial_function_are_used():
-    centers, matrix = torch.linspace(0, 12, 600), torch.zeros(600, 128)
-    assert native.gaussian_kernels(centers[:3], matrix, centers, -312.0, -40.0) is not None
-    x = torch.zeros(3, 128)
-    assert native.norm_silu_kernels(x, x[0], x[0], 1e-5) is not None
+# What holds for all of them
 
 
-def s2_of(x):
-    return s2_activation(x.view(-1, 19, 64), grid(layout(4, 2), 18, SINGLE, CPU))
+def grid_problem(kind):
+    sizes = layout(4, 2)
+    inputs = [torch.randn(9, 7 + sizes.num_rows * 80)]
+    if kind == "mlp":
+        inputs.append(torch.randn(80, 80) / 9)
+    return on_the_grid(kind, sizes, None), inputs
 
 
-def logits_of(x):
-    return attention_logits(x.view(-1, 8, 16), (x[0, :16], x[0, 16:32]), x[1, :128].view(8, 16))
+def message_problem():
+    sizes = layout(3, 2)
+    (frames,) = frames_of_chunks([0, 3, 0, 5, 7], sizes, max_edges=20)
+    shapes = (5, sizes.num_coefficients, 80), (15, 9, 160), (15, sizes.num_rows, 160)
+    return messages(frames, sizes, by_degree=False), [torch.randn(*shape) for shape in shapes]
 
 
-def radial_of(x):
-    basis = GaussianBasis(torch.linspace(0, 12, 600), -1250.0)
-    distance = torch.linspace(0.5, 12, 150)
-    weights = [x[:64, :600], *x[0, :192].view(3, 64), x[:64, :64], *x[1, :192].view(3, 64)]
-    tables = RadialTables.of(RadialWeights(None, None, *weights, x[:7, :64], x[0, :7]))
-    return radial_function(EdgeScalars(distance, None, None), tables, basis)
+def aggregate_problem():
+    sizes = layout(3, 2)
+    (frames,) = frames_of_chunks([0, 3, 0, 5, 7], sizes, max_edges=20)
+    shapes = (15, sizes.num_rows, 5, 16), (15, 5), (5, sizes.num_coefficients, 80)
+    return sums(frames, sizes), [torch.randn(*shape) for shape in shapes]
 
 
-@pytest.mark.parametrize("function", [s2_of, logits_of, radial_of])
-def test_threads_change_no_bit(function):
-    x = torch.randn(64, 19 * 64)
+def softmax_problem():
+    (frames,) = frames_of_chunks([0, 3, 0, 5, 7], layout(1, 1), max_edges=20)
+    return softmax(frames), [torch.randn(15, 3), torch.randn(15, 3)]
+
+
+def logits_problem():
+    shapes = (150, 8 * 32 + 5), (8, 32), (32,), (32,)
+    return logits(8, 32), [torch.randn(*shape) for shape in shapes]
+
+
+def first_layer_problem():
+    basis, elements = GaussianBasis(torch.linspace(0, 12, 600), -1250.0), torch.zeros(2, 150).long()
+    shapes = (600, 80), (9, 80), (9, 80), (80,)
+    inputs = torch.linspace(0.5, 12, 150), *(torch.randn(*shape) for shape in shapes)
+    return first_layer(basis, elements), inputs
+
+
+def norm_problem():
+    shapes = (150, 32), (32,), (32,)
+    return differentiated(_norm_silu), [torch.randn(*shape) for shape in shapes]
+
+
+PROBLEMS = {
+    "S2 activation": partial(grid_problem, "s2"),
+    "grid MLP": partial(grid_problem, "mlp"),
+    "message": message_problem,
+    "aggregate": aggregate_problem,
+    "softmax": softmax_problem,
+    "logits": logits_problem,
+    "radial, first layer": first_layer_problem,
+    "radial, norm": norm_problem,
+}
+problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+
+
+def test_the_problems_use_every_kernel():
+    with called_kernels() as called:
+        for problem in PROBLEMS.values():
+            function, inputs = problem()
+            function(*inputs)
+    assert called == {name for name, (result, _) in interface.SIGNATURES.items() if result is None}
+
+
+@problems
+def test_threads_change_no_bit(problem):
+    function, inputs = problem()
     threads = torch.get_num_threads()
     try:
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            leaf = x.clone().requires_grad_()
-            y = function(leaf)
-            found.append((y, *torch.autograd.grad(y.sum(), leaf)))
+            found.append(function(*inputs))
     finally:
         torch.set_num_threads(threads)
     for one, *others in zip(*found, strict=True):
         assert all(torch.equal(one, other) for other in others)
 
 
-def test_not_a_number_stays_one():
-    """A training that diverged must show it."""
-    sphere = grid(layout(2, 1), None, SINGLE, CPU)
-    x = torch.zeros(3, sphere.to_grid.shape[1], 16)
-    x[1, 0, 5], x[2, 0, 5] = torch.nan, torch.inf
-    y = s2_activation(x, sphere)
-    assert y[0].isfinite().all()
-    assert not y[1, :, 5].isfinite().any()
-    assert not y[2, 0, 5].isfinite()
+@problems
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_no_result_hides_a_number_that_is_none(problem, value):
+    """A training that diverged must show it, though the compiler may take all to be finite.
+
+    What depends on the number is found by a change of it; what the reference makes of it is not
+    always NaN either: far from all Gaussians there is none.
+    """
+    function, inputs = problem()
+    before = function(*inputs)
+    for i, x in enumerate(inputs):
+        at = tuple(int(torch.randint(size, ())) for size in x.shape)
+        changed, spoilt = ([y.clone() for y in inputs] for _ in range(2))
+        changed[i][at] += 1
+        spoilt[i][at] = value
+        expected = function(*(y.double() for y in spoilt))
+        found = zip(before, function(*changed), expected, function(*spoilt), strict=True)
+        for old, new, wanted, ours in found:
+            lost = (old != new) & ~wanted.isfinite()
+            assert not ours[lost].isfinite().any(), i
+
+
+def test_what_a_kernel_leaves_unwritten_shows(monkeypatch):
+    """Here: all of it (conftest.py)."""
+    function, inputs = softmax_problem()
+    monkeypatch.setattr(loader.library(), "edge_softmax", lambda *_: None)
+    assert all(found.isnan().all() for found in function(*inputs))
+
+
+# The library
+
+
+def exported():
+    """C types of the result and of each argument, by function, as the sources declare them."""
+    # Others begin with `template` or a macro.
+    declaration = r'^(?:extern "C" )?((?:const )?\w+\*?) (\w+)\(([^)]*)\) \{'
+    found = {}
+    for path in Path(loader.__file__).parent.glob("*.cpp"):
+        for result, name, arguments in re.findall(declaration, path.read_text(), re.MULTILINE):
+            types = [re.sub(r"^const | \w+$", "", a.strip()) for a in arguments.split(",") if a]
+            found[name] = result, types
+    return found
+
+
+def test_signatures_are_those_of_the_sources():
+    names = {
+        ctypes.c_int64: "int64_t",
+        ctypes.c_int: "int",
+        ctypes.c_char_p: "const char*",
+        None: "void",
+        interface._Indices: "int64_t*",
+        interface._Floats: "float*",
+        **{ctypes.POINTER(struct): f"{name}*" for name, struct in interface.STRUCTS.items()},
+    }
+    declared = {
+        name: (names[result], [names[argument] for argument in arguments])
+        for name, (result, arguments) in interface.SIGNATURES.items()
+    }
+    assert declared == exported()
+
+
+@pytest.mark.parametrize("name", interface.STRUCTS)
+def test_structs_have_the_sizes_of_the_librarys(name):
+    size = getattr(loader.library(), f"sizeof_{name}")()
+    assert ctypes.sizeof(interface.STRUCTS[name]) == size
+
+
+def test_a_tensor_of_another_type_is_refused():
+    with pytest.raises(ctypes.ArgumentError, match=r"of torch\.float64 where"):
+        loader.library().edge_softmax(torch.zeros(1, 1).double(), 1, None, None, 1, 1)
 
 
 def test_loading_the_library_leaves_subnormal_numbers_alone():
@@ -294,12 +475,33 @@ def test_loading_the_library_leaves_subnormal_numbers_alone():
     assert (smallest * 1.0).sum() > 0
 
 
+def test_a_width_that_does_not_fit_is_logged_once(caplog):
+    caplog.set_level(logging.INFO)
+    loader._log_misfit.cache_clear()
+    for _ in range(2):
+        assert native.softmax_kernels(torch.zeros(3, 2)) is not None
+        assert native.logit_kernels(torch.zeros(3, 2, 24), None, torch.zeros(2, 24), 1e-5) is None
+        assert native.norm_silu_kernels(torch.zeros(3, 48), *torch.zeros(2, 48), 1e-5) is None
+    logits, norm = caplog.messages
+    assert logits == (
+        "attention logits of 24 channels run in PyTorch, slower than in a compiled kernel: "
+        "their number is not 16, 32 or 64"
+    )
+    assert norm.endswith("not 16, 32, 64 or 128")
+
+
 class TestChoice:
     @pytest.fixture(autouse=True)
     def _fresh(self):
         loader.library.cache_clear()
         yield
         loader.library.cache_clear()
+
+    @pytest.fixture
+    def folder(self, monkeypatch, tmp_path):
+        """Where the loader looks instead."""
+        monkeypatch.setattr(loader, "__file__", str(tmp_path / "loader.py"))
+        return tmp_path
 
     def test_reference(self, monkeypatch):
         monkeypatch.setenv(loader.VARIABLE, "reference")
@@ -310,14 +512,39 @@ class TestChoice:
         with pytest.raises(ValueError, match="FAIRCHEM_EQUIFORMER_KERNELS is 'fast', it must be"):
             loader.library()
 
-    def test_missing_library(self, monkeypatch, tmp_path, caplog):
+    @pytest.mark.usefixtures("folder")
+    def test_missing_library(self, monkeypatch, caplog):
         """`auto` says so once and goes on; `native` does not."""
-        monkeypatch.setattr(loader, "__file__", str(tmp_path / "loader.py"))
         assert loader.library() is None
         assert loader.library() is None
         (record,) = caplog.records
         assert "install this package again" in record.message
         loader.library.cache_clear()
         monkeypatch.setenv(loader.VARIABLE, "native")
-        with pytest.raises(RuntimeError, match="'native', but the compiled kernels cannot be load"):
+        with pytest.raises(RuntimeError, match="'native', but the compiled kernels cannot be used"):
             loader.library()
+
+    def test_beside_other_sources(self, folder, caplog):
+        shutil.copy(self.built(), folder)
+        (folder / "message.cpp").write_text("int changed;\n")
+        assert loader.library() is None
+        (record,) = caplog.records
+        assert "built from other sources than those beside it; run `make install`" in record.message
+
+    def test_without_sources(self, folder):
+        """As in a wheel."""
+        shutil.copy(self.built(), folder)
+        assert loader.library() is not None
+
+    def test_of_another_version(self, folder, monkeypatch, caplog):
+        shutil.copy(self.built(), folder)
+        monkeypatch.setitem(interface.SIGNATURES, "edge_norm", (None, ()))
+        assert loader.library() is None
+        (record,) = caplog.records
+        assert "undefined symbol: edge_norm" in record.message
+        assert "run `make install`" in record.message
+
+    @staticmethod
+    def built() -> Path:
+        (path,) = Path(native.__file__).parent.glob("_kernels*.so")
+        return path

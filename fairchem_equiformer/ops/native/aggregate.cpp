@@ -130,8 +130,9 @@ FOR_EVERY_CPU void aggregate_edges_backward(const Rows& rows, const float* rotat
 
 extern "C" {
 
-int aggregate_fits(const Rows* rows, int64_t value_channels) {
-  return rows->coefficients <= MAX_COEFFICIENTS && value_channels % LANES == 0;
+// Null, or what such sizes do not fit.
+const char* aggregate_misfit(const Rows* rows, int64_t value_channels) {
+  return misfit_of_rows(*rows, value_channels);
 }
 
 // rotations [., entries], values [., rows, heads value_channels] and alpha [., heads] of edges;

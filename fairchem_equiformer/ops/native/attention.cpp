@@ -106,8 +106,12 @@ FOR_EVERY_CPU void some_logits_backward(const Logits& logits, const float* scala
 
 extern "C" {
 
-int logits_fit(int64_t channels) {
-  return channels == LANES || channels == 2 * LANES || channels == 4 * LANES;
+int64_t sizeof_Logits() { return sizeof(Logits); }
+
+// Null, or what such sizes do not fit.
+const char* logits_misfit(int64_t channels) {
+  const bool fits = channels == LANES || channels == 2 * LANES || channels == 4 * LANES;
+  return fits ? nullptr : "their number is not 16, 32 or 64";
 }
 
 // scalars [edges, heads channels], each edge dense, to out [edges, heads].

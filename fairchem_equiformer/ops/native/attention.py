@@ -8,17 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native.loader import NormStruct, pointer, usable
-
-
-class _LogitsStruct(ctypes.Structure):
-    """``struct Logits`` of attention.cpp."""
-
-    _fields_ = (
-        ("norm", NormStruct),
-        ("dot", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("heads", "channels")),
-    )
+from fairchem_equiformer.ops.native.interface import LogitsStruct, NormStruct
+from fairchem_equiformer.ops.native.loader import fits, usable
 
 
 class LogitKernels:
@@ -32,19 +23,14 @@ class LogitKernels:
         self.shape = dot.shape
         addresses = (t.data_ptr() for t in norm or ())
         norm_struct = NormStruct(*addresses, epsilon=epsilon)
-        self.struct = _LogitsStruct(norm_struct, self._tensors[-1].data_ptr(), *dot.shape)
+        self.struct = LogitsStruct(norm_struct, self._tensors[-1].data_ptr(), *dot.shape)
 
     def forward(self, scalars: Tensor) -> Tensor:
         """Logits [E, heads]."""
         scalars = _heads_contiguous(scalars)
         out = scalars.new_empty(scalars.shape[:2])
         self._kernels.attention_logits(
-            ctypes.byref(self.struct),
-            pointer(scalars),
-            ctypes.c_int64(scalars.stride(0)),
-            pointer(out),
-            ctypes.c_int64(len(scalars)),
-            torch.get_num_threads(),
+            self.struct, scalars, scalars.stride(0), out, len(scalars), torch.get_num_threads()
         )
         return out
 
@@ -54,11 +40,13 @@ class LogitKernels:
         scalars_grad = scalars.new_empty(scalars.shape)
         sums = scalars.new_zeros(self.shape[0], 3, self.shape[1])
         self._kernels.attention_logits_backward(
-            ctypes.byref(self.struct),
-            pointer(scalars),
-            ctypes.c_int64(scalars.stride(0)),
-            *map(pointer, (grad, scalars_grad, sums)),
-            ctypes.c_int64(len(scalars)),
+            self.struct,
+            scalars,
+            scalars.stride(0),
+            grad,
+            scalars_grad,
+            sums,
+            len(scalars),
             torch.get_num_threads(),
         )
         weight, bias = sums[:, :2].sum(0)
@@ -76,7 +64,8 @@ def logit_kernels(
 ) -> LogitKernels | None:
     """Kernels for such scalars and weights; None where the reference has to run."""
     kernels = usable(scalars, dot, *(norm or ()))
-    if kernels is None or not kernels.logits_fit(ctypes.c_int64(dot.shape[1])):
+    channels = dot.shape[1]
+    if kernels is None or not fits("attention logits", channels, kernels.logits_misfit(channels)):
         return None
     return LogitKernels(kernels, norm, dot, epsilon)
 
@@ -89,20 +78,29 @@ class SoftmaxKernels:
 
     def forward(self, logits: Tensor, target_ptr: Tensor) -> Tensor:
         """[E, heads]."""
-        return self._call("edge_softmax", target_ptr, logits)
+        logits = logits.contiguous()
+        out = torch.empty_like(logits)
+        self.kernels.edge_softmax(
+            logits,
+            logits.shape[1],
+            target_ptr,
+            out,
+            len(target_ptr) - 1,
+            torch.get_num_threads(),
+        )
+        return out
 
     def backward(self, alpha: Tensor, grad: Tensor, target_ptr: Tensor) -> Tensor:
         """Gradient of the logits [E, heads], given the softmax alpha and its gradient."""
-        return self._call("edge_softmax_backward", target_ptr, alpha, grad)
-
-    def _call(self, name: str, target_ptr: Tensor, *inputs: Tensor) -> Tensor:
-        inputs = tuple(tensor.contiguous() for tensor in inputs)
-        out = torch.empty_like(inputs[0])
-        getattr(self.kernels, name)(
-            *map(pointer, inputs),
-            ctypes.c_int64(out.shape[1]),
-            *map(pointer, (target_ptr, out)),
-            ctypes.c_int64(len(target_ptr) - 1),
+        alpha, grad = alpha.contiguous(), grad.contiguous()
+        out = torch.empty_like(alpha)
+        self.kernels.edge_softmax_backward(
+            alpha,
+            grad,
+            alpha.shape[1],
+            target_ptr,
+            out,
+            len(target_ptr) - 1,
             torch.get_num_threads(),
         )
         return out

@@ -9,20 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native.loader import pointer, usable
+from fairchem_equiformer.ops.native.interface import RowsStruct
+from fairchem_equiformer.ops.native.loader import fits, usable
 from fairchem_equiformer.so3.layout import Layout
-
-
-class _RowsStruct(ctypes.Structure):
-    """``struct Rows`` of rows.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("row", "degree", "entry", "weight")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("rows", "coefficients", "entries", "weights", "lmin")
-        ),
-    )
 
 
 @dataclass(frozen=True)
@@ -30,7 +19,7 @@ class _Rows:
     """Rows of a layout sorted by degree."""
 
     table: Tensor  # [4, R]: row, degree, first entry of the compact rotation, radial weight
-    struct: _RowsStruct
+    struct: RowsStruct
 
 
 @cache
@@ -46,7 +35,7 @@ def _rows(edge_layout: Layout, layout: Layout, *, by_degree: bool = False) -> _R
         table.append((row, degree, entries[degree, m], weight))
     columns = torch.tensor(sorted(table, key=lambda entry: (entry[1], entry[0]))).t().contiguous()
     counts = (layout.num_rows, layout.num_coefficients, sum(sizes), num_weights, layout.lmin)
-    return _Rows(columns, _RowsStruct(*(column.data_ptr() for column in columns), *counts))
+    return _Rows(columns, RowsStruct(*(column.data_ptr() for column in columns), *counts))
 
 
 @dataclass(frozen=True)
@@ -73,11 +62,15 @@ class MessageKernels:
         x, rotations, radial = x.contiguous(), rotations.contiguous(), radial.contiguous()
         out = x.new_empty(len(source), self.rows.struct.rows, 2 * x.shape[2])
         self.kernels.edge_message(
-            ctypes.byref(self.rows.struct),
-            *map(pointer, (rotations, x, source, target)),
-            ctypes.c_int64(x.shape[2]),
-            *map(pointer, (radial, out)),
-            ctypes.c_int64(len(source)),
+            self.rows.struct,
+            rotations,
+            x,
+            source,
+            target,
+            x.shape[2],
+            radial,
+            out,
+            len(source),
             torch.get_num_threads(),
         )
         return out
@@ -103,11 +96,18 @@ class MessageKernels:
         source_grad = x.new_empty(len(source), *x.shape[1:])
         target_grad = torch.empty_like(source_grad)
         self.kernels.edge_message_backward(
-            ctypes.byref(self.rows.struct),
-            *map(pointer, (rotations, x, source, target)),
-            ctypes.c_int64(x.shape[2]),
-            *map(pointer, (radial, grad, radial_grad, source_grad, target_grad)),
-            ctypes.c_int64(len(source)),
+            self.rows.struct,
+            rotations,
+            x,
+            source,
+            target,
+            x.shape[2],
+            radial,
+            grad,
+            radial_grad,
+            source_grad,
+            target_grad,
+            len(source),
             torch.get_num_threads(),
         )
         return radial_grad, source_grad, target_grad
@@ -121,8 +121,9 @@ def message_kernels(
     if kernels is None:
         return None
     rows = _rows(layout, layout, by_degree=by_degree)
-    fits = kernels.message_fits(ctypes.byref(rows.struct), ctypes.c_int64(x.shape[2]))
-    return MessageKernels(kernels, rows) if fits else None
+    channels = x.shape[2]
+    fit = fits("messages", channels, kernels.message_misfit(rows.struct, channels))
+    return MessageKernels(kernels, rows) if fit else None
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,16 @@ class AggregateKernels:
         nodes = len(target_ptr) - 1
         out = values.new_empty(nodes, self.rows.struct.coefficients, heads * channels)
         self.kernels.edge_aggregate(
-            ctypes.byref(self.rows.struct),
-            *map(pointer, (rotations, values, alpha)),
-            *map(ctypes.c_int64, (heads, channels)),
-            *map(pointer, (rescale, target_ptr, out)),
-            ctypes.c_int64(nodes),
+            self.rows.struct,
+            rotations,
+            values,
+            alpha,
+            heads,
+            channels,
+            rescale,
+            target_ptr,
+            out,
+            nodes,
             torch.get_num_threads(),
         )
         return out
@@ -175,11 +181,16 @@ class AggregateKernels:
         grad = grad.contiguous()
         values_grad, alpha_grad = torch.empty_like(values), torch.zeros_like(alpha)
         self.kernels.edge_aggregate_backward(
-            ctypes.byref(self.rows.struct),
-            *map(pointer, (rotations, grad, target, values, alpha)),
-            *map(ctypes.c_int64, values.shape[2:]),
-            *map(pointer, (values_grad, alpha_grad)),
-            ctypes.c_int64(len(values)),
+            self.rows.struct,
+            rotations,
+            grad,
+            target,
+            values,
+            alpha,
+            *values.shape[2:],
+            values_grad,
+            alpha_grad,
+            len(values),
             torch.get_num_threads(),
         )
         return values_grad, alpha_grad
@@ -193,5 +204,6 @@ def aggregate_kernels(
     if kernels is None:
         return None
     rows = _rows(edge_layout, layout)
-    fits = kernels.aggregate_fits(ctypes.byref(rows.struct), ctypes.c_int64(values.shape[3]))
-    return AggregateKernels(kernels, rows) if fits else None
+    channels = values.shape[3]
+    fit = fits("sums over edges", channels, kernels.aggregate_misfit(rows.struct, channels))
+    return AggregateKernels(kernels, rows) if fit else None

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fairchem_equiformer.ops.native.interface import declare
+from fairchem_equiformer.ops.native.sources import fingerprint
+
 logger = logging.getLogger(__name__)
 
 VARIABLE = "FAIRCHEM_EQUIFORMER_KERNELS"
@@ -27,7 +30,7 @@ def library() -> ctypes.CDLL | None:
 
     Raises:
         ValueError: for another value of the variable than those above.
-        RuntimeError: if ``native`` was asked for and the library cannot be loaded.
+        RuntimeError: if ``native`` was asked for and the library cannot be used.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
@@ -35,24 +38,40 @@ def library() -> ctypes.CDLL | None:
     if choice == "reference":
         return None
     try:
-        return ctypes.CDLL(str(_file()))
+        return _load(_file())
     except OSError as error:
-        reason = (
-            f"the compiled kernels cannot be loaded ({error}); to build them, install this package "
-            "again where there is a C++ compiler"
-        )
+        reason = f"the compiled kernels cannot be used: {error}"
     if choice == "native":
         raise RuntimeError(f"{VARIABLE} is 'native', but {reason}")
     logger.warning("%s. Until then the model is slower, with the same numbers", reason)
     return None
 
 
+def _load(path: Path) -> ctypes.CDLL:
+    """Load a library of this version and of the sources beside it.
+
+    Raises:
+        OSError: that says why this cannot be done, and what to do.
+    """
+    rebuild = "run `make install`, or install this package again where there is a C++ compiler"
+    try:
+        kernels = ctypes.CDLL(str(path))
+        declare(kernels)
+    except OSError as error:
+        raise OSError(f"{error}; {rebuild}") from error
+    except AttributeError as error:
+        raise OSError(f"{path} is of another version ({error}); {rebuild}") from error
+    sources = fingerprint(path.parent)
+    if sources is not None and kernels.built_from().decode() != sources:
+        raise OSError(f"{path} was built from other sources than those beside it; {rebuild}")
+    return kernels
+
+
 def _file() -> Path:
+    """Where the library is, or would be."""
     folder = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        if (path := folder / f"_kernels{suffix}").exists():
-            return path
-    raise FileNotFoundError(f"no _kernels{EXTENSION_SUFFIXES[0]} in {folder}")
+    paths = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return next(filter(Path.exists, paths), paths[0])
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
@@ -62,15 +81,20 @@ def usable(*tensors: Tensor) -> ctypes.CDLL | None:
     return library()
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """Address of a tensor, which must outlive the call."""
-    return ctypes.c_void_p(tensor.data_ptr())
+def fits(kernel: str, channels: int, misfit: bytes | None) -> bool:
+    """Whether a kernel takes such sizes; if not, the log says so once.
+
+    Args:
+        kernel: what it computes, in plural.
+        channels: of what it computes.
+        misfit: what the library says against the sizes.
+    """
+    if misfit is not None:
+        _log_misfit(kernel, channels, misfit.decode())
+    return misfit is None
 
 
-class NormStruct(ctypes.Structure):
-    """``struct Norm`` of norm.h; weight and bias are null where there is no norm."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        ("epsilon", ctypes.c_float),
-    )
+@cache
+def _log_misfit(kernel: str, channels: int, misfit: str) -> None:
+    message = "%s of %d channels run in PyTorch, slower than in a compiled kernel: %s"
+    logger.info(message, kernel, channels, misfit)

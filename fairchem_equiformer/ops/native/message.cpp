@@ -113,8 +113,11 @@ FOR_EVERY_CPU void messages_backward(const Rows& rows, const float* rotations, c
 
 extern "C" {
 
-int message_fits(const Rows* rows, int64_t channels) {
-  return rows->coefficients <= MAX_COEFFICIENTS && channels % LANES == 0;
+int64_t sizeof_Rows() { return sizeof(Rows); }
+
+// Null, or what such sizes do not fit.
+const char* message_misfit(const Rows* rows, int64_t channels) {
+  return misfit_of_rows(*rows, channels);
 }
 
 // rotations [edges, entries], x [nodes, coefficients, channels], source and target [edges],

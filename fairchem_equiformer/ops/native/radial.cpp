@@ -1,6 +1,8 @@
 // The radial function but for its later matrix products; ops/radial.py says what. Of the Gaussians
 // of a distance, of which there are 600, those that are nothing, all but 37, are left out.
 
+#include <cstring>
+
 #include "norm.h"
 
 namespace {
@@ -37,7 +39,20 @@ struct Window {
   float values[MAX_WINDOW];
 };
 
+// By its bits, since the compiler takes every number to be finite.
+INLINE bool is_nan(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return (bits & 0x7fffffff) > 0x7f800000;
+}
+
 INLINE void evaluate(const Gaussians& basis, float distance, Window& found) {
+  if (is_nan(distance)) {  // so is every Gaussian, and the first one shows it
+    found.first = 0;
+    found.count = 1;
+    found.values[0] = distance;
+    return;
+  }
   float start = (distance - basis.reach - basis.centers[0]) / basis.spacing;
   start = start > 0 ? start : 0;
   const int64_t last = basis.count - 1;
@@ -105,11 +120,13 @@ FOR_EVERY_CPU void products_backward(const Gaussians& basis, const float* distan
   for (int64_t e = 0; e < edges; e++) {
     Window window;
     evaluate(basis, distance[e], window);
-    int64_t c = first * LANES;
-    for (; c + 4 * LANES <= last * LANES; c += 4 * LANES)
-      add_to_rows<4>(window, grad + e * width + c, width, matrix_grad + c);
-    for (; c < last * LANES; c += LANES)
-      add_to_rows<1>(window, grad + e * width + c, width, matrix_grad + c);
+    do {
+      int64_t c = first * LANES;
+      for (; c + 4 * LANES <= last * LANES; c += 4 * LANES)
+        add_to_rows<4>(window, grad + e * width + c, width, matrix_grad + c);
+      for (; c < last * LANES; c += LANES)
+        add_to_rows<1>(window, grad + e * width + c, width, matrix_grad + c);
+    } while (is_nan(distance[e]) && ++window.first < basis.count);
   }
 }
 
@@ -167,8 +184,14 @@ FOR_EVERY_CPU void some_norm_silu_backward(const Norm& norm, int64_t channels, c
 
 extern "C" {
 
-int gaussians_fit(const Gaussians* basis, int64_t width) {
-  return basis->window <= MAX_WINDOW && width % LANES == 0;
+int64_t sizeof_Gaussians() { return sizeof(Gaussians); }
+
+int64_t sizeof_Tables() { return sizeof(Tables); }
+
+// Null, or what such sizes do not fit.
+const char* gaussians_misfit(const Gaussians* basis, int64_t width) {
+  if (basis->window > MAX_WINDOW) return "more than 128 Gaussians overlap";
+  return misfit_of_width(width);
 }
 
 // distance [edges], matrix [count, width] and tables to out [edges, width].
@@ -187,9 +210,13 @@ void gaussians_times_backward(const Gaussians* basis, const float* distance, con
   });
 }
 
-int norm_fits(int64_t channels) {
-  return channels == LANES || channels == 2 * LANES || channels == 4 * LANES ||
-         channels == 8 * LANES;
+int64_t sizeof_Norm() { return sizeof(Norm); }
+
+// Null, or what such sizes do not fit.
+const char* norm_misfit(int64_t channels) {
+  const bool fits = channels == LANES || channels == 2 * LANES || channels == 4 * LANES ||
+                    channels == 8 * LANES;
+  return fits ? nullptr : "their number is not 16, 32, 64 or 128";
 }
 
 // SiLU of the layer norm of x [items, channels].

@@ -10,27 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native.loader import NormStruct, pointer, usable
-
-
-class _GaussiansStruct(ctypes.Structure):
-    """``struct Gaussians`` of radial.cpp."""
-
-    _fields_ = (
-        ("centers", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("count", "window")),
-        *((name, ctypes.c_float) for name in ("spacing", "coefficient", "reach")),
-    )
-
-
-class _TablesStruct(ctypes.Structure):
-    """``struct Tables`` of radial.cpp."""
-
-    _fields_ = (
-        ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_void_p * 2) for name in ("rows", "index")),
-        ("count", ctypes.c_int64),
-    )
+from fairchem_equiformer.ops.native.interface import GaussiansStruct, NormStruct, TablesStruct
+from fairchem_equiformer.ops.native.loader import fits, usable
 
 
 class GaussianKernels:
@@ -46,7 +27,7 @@ class GaussianKernels:
         reach = math.sqrt(least_exponent / coefficient)
         window = min(count, math.ceil(2 * reach / spacing) + 2)
         sizes = (count, window, spacing, coefficient, reach)
-        self.struct = _GaussiansStruct(self._centers.data_ptr(), *sizes)
+        self.struct = GaussiansStruct(self._centers.data_ptr(), *sizes)
 
     def forward(
         self,
@@ -68,17 +49,18 @@ class GaussianKernels:
         """
         distance, matrix, bias = distance.contiguous(), matrix.contiguous(), bias.contiguous()
         lookups = [(table.contiguous(), index.contiguous()) for table, index in lookups]
-        tables = _TablesStruct(bias.data_ptr(), count=len(lookups))
+        tables = TablesStruct(bias.data_ptr(), count=len(lookups))
         for i, (table, index) in enumerate(lookups):
             tables.rows[i], tables.index[i] = table.data_ptr(), index.data_ptr()
         out = matrix.new_empty(len(distance), matrix.shape[1])
         self._kernels.gaussians_times(
-            ctypes.byref(self.struct),
-            *map(pointer, (distance, matrix)),
-            ctypes.c_int64(matrix.shape[1]),
-            ctypes.byref(tables),
-            pointer(out),
-            ctypes.c_int64(len(distance)),
+            self.struct,
+            distance,
+            matrix,
+            matrix.shape[1],
+            tables,
+            out,
+            len(distance),
             torch.get_num_threads(),
         )
         return out
@@ -88,11 +70,12 @@ class GaussianKernels:
         distance, grad = distance.contiguous(), grad.contiguous()
         matrix_grad = grad.new_zeros(self.struct.count, grad.shape[1])
         self._kernels.gaussians_times_backward(
-            ctypes.byref(self.struct),
-            *map(pointer, (distance, grad)),
-            ctypes.c_int64(grad.shape[1]),
-            pointer(matrix_grad),
-            ctypes.c_int64(len(distance)),
+            self.struct,
+            distance,
+            grad,
+            grad.shape[1],
+            matrix_grad,
+            len(distance),
             torch.get_num_threads(),
         )
         return matrix_grad
@@ -106,8 +89,9 @@ def gaussian_kernels(
     if kernels is None or len(centers) < 2:  # no spacing
         return None
     found = GaussianKernels(kernels, centers, coefficient, least_exponent)
-    width = ctypes.c_int64(matrix.shape[1])
-    return found if kernels.gaussians_fit(ctypes.byref(found.struct), width) else None
+    width = matrix.shape[1]
+    misfit = kernels.gaussians_misfit(found.struct, width)
+    return found if fits("radial functions' first layers", width, misfit) else None
 
 
 @dataclass(frozen=True)
@@ -122,11 +106,7 @@ class NormSiLUKernels:
         x, norm = x.contiguous(), NormStruct(weight.data_ptr(), bias.data_ptr(), self.epsilon)
         out = torch.empty_like(x)
         self.kernels.layer_norm_silu(
-            ctypes.byref(norm),
-            ctypes.c_int64(x.shape[1]),
-            *map(pointer, (x, out)),
-            ctypes.c_int64(len(x)),
-            torch.get_num_threads(),
+            norm, x.shape[1], x, out, len(x), torch.get_num_threads()
         )
         return out
 
@@ -136,14 +116,10 @@ class NormSiLUKernels:
         """Gradients of x, weight and bias."""
         x, grad = x.contiguous(), grad.contiguous()
         norm = NormStruct(weight.data_ptr(), bias.data_ptr(), self.epsilon)
-        blocks = -(-len(x) // int(self.kernels.norm_block()))
+        blocks = -(-len(x) // self.kernels.norm_block())
         x_grad, sums = torch.empty_like(x), x.new_zeros(blocks, 2, x.shape[1])
         self.kernels.layer_norm_silu_backward(
-            ctypes.byref(norm),
-            ctypes.c_int64(x.shape[1]),
-            *map(pointer, (x, grad, x_grad, sums)),
-            ctypes.c_int64(len(x)),
-            torch.get_num_threads(),
+            norm, x.shape[1], x, grad, x_grad, sums, len(x), torch.get_num_threads()
         )
         weight_grad, bias_grad = sums.sum(0)
         return x_grad, weight_grad, bias_grad
@@ -154,6 +130,8 @@ def norm_silu_kernels(
 ) -> NormSiLUKernels | None:
     """Kernels for such x [B, C] and weights; None where the reference has to run."""
     kernels = usable(x, weight, bias)
-    if kernels is None or not kernels.norm_fits(ctypes.c_int64(x.shape[1])):
+    if kernels is None:
         return None
-    return NormSiLUKernels(kernels, epsilon)
+    channels = x.shape[1]
+    fit = fits("radial functions' layer norms", channels, kernels.norm_misfit(channels))
+    return NormSiLUKernels(kernels, epsilon) if fit else None

@@ -17,6 +17,11 @@ struct Rows {
   int64_t first(int64_t l) const { return l * l - lmin * lmin; }
 };
 
+INLINE const char* misfit_of_rows(const Rows& rows, int64_t channels) {
+  if (rows.coefficients > MAX_COEFFICIENTS) return "lmax is above 8";
+  return misfit_of_width(channels);
+}
+
 // Calls two(i) for each two rows i, i + 1 of one degree, one(i) for what remains of a degree.
 template <typename Two, typename One>
 INLINE void for_pairs(const Rows& rows, const Two& two, const One& one) {

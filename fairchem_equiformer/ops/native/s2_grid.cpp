@@ -326,10 +326,14 @@ FOR_EVERY_CPU void integrate_items_backward(const Grid& grid, const float* sampl
 
 extern "C" {
 
-// The limits of the arrays above, and whole vectors of channels.
-int s2_grid_fits(const Grid* grid, int64_t channels) {
-  return grid->longitudes <= MAX_LONGITUDES && grid->orders <= MAX_ORDERS &&
-         grid->rows_in <= MAX_ROWS && grid->rows_out <= MAX_ROWS && channels % LANES == 0;
+int64_t sizeof_Grid() { return sizeof(Grid); }
+
+// Null, or what such sizes do not fit: the limits of the arrays above, and whole vectors.
+const char* s2_grid_misfit(const Grid* grid, int64_t channels) {
+  if (grid->longitudes > MAX_LONGITUDES) return "the grid has more than 64 longitudes";
+  if (grid->orders > MAX_ORDERS || grid->rows_in > MAX_ROWS || grid->rows_out > MAX_ROWS)
+    return "lmax is above 8";
+  return misfit_of_width(channels);
 }
 
 // x [items, rows_in, channels] to y [items, rows_out, channels]; each item lies dense.

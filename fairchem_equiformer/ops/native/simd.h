@@ -19,6 +19,11 @@ using IntVec = int32_t __attribute__((vector_size(4 * LANES)));
 // In memory, where a tensor need not be aligned to more than a float.
 using Unaligned = float __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+// Null for whole vectors of channels, or else why they are not.
+INLINE const char* misfit_of_width(int64_t channels) {
+  return channels % LANES ? "their number is not a multiple of 16" : nullptr;
+}
+
 INLINE void load(const float* from, Vec& to) { to = *reinterpret_cast<const Unaligned*>(from); }
 INLINE void store(const Vec& from, float* to) { *reinterpret_cast<Unaligned*>(to) = from; }
 

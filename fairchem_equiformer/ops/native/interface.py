@@ -1,0 +1,159 @@
+"""What the compiled library exports: its structs and the signatures of its functions.
+
+Tensors are passed as they are: ctypes takes their address, after a look at their dtype. They must
+lie as the comment above each function says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class _Floats:
+    """Argument ``float*``, from a tensor that must outlive the call."""
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    @classmethod
+    def from_param(cls, tensor: Tensor) -> c_void_p:
+        """Address of the numbers."""
+        if tensor.dtype != cls.dtype:
+            raise TypeError(f"a tensor of {tensor.dtype} where {cls.dtype} is needed")
+        return c_void_p(tensor.data_ptr())
+
+
+class _Indices(_Floats):
+    """Argument ``const int64_t*``, likewise."""
+
+    dtype = torch.int64
+
+
+class NormStruct(ctypes.Structure):
+    """``struct Norm`` of norm.h; weight and bias are null where there is no norm."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias")),
+        ("epsilon", c_float),
+    )
+
+
+class LogitsStruct(ctypes.Structure):
+    """``struct Logits`` of attention.cpp."""
+
+    _fields_ = (
+        ("norm", NormStruct),
+        ("dot", c_void_p),
+        *((name, c_int64) for name in ("heads", "channels")),
+    )
+
+
+class RowsStruct(ctypes.Structure):
+    """``struct Rows`` of rows.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("row", "degree", "entry", "weight")),
+        *((name, c_int64) for name in ("rows", "coefficients", "entries", "weights", "lmin")),
+    )
+
+
+class GridStruct(ctypes.Structure):
+    """``struct Grid`` of s2_grid.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("latitude_in", "latitude_out", "longitude")),
+        *((name, c_void_p) for name in ("order_in", "order_out")),
+        *((name, c_int64) for name in ("latitudes", "longitudes", "orders")),
+        *((name, c_int64) for name in ("rows_in", "rows_out")),
+    )
+
+
+class GaussiansStruct(ctypes.Structure):
+    """``struct Gaussians`` of radial.cpp."""
+
+    _fields_ = (
+        ("centers", c_void_p),
+        *((name, c_int64) for name in ("count", "window")),
+        *((name, c_float) for name in ("spacing", "coefficient", "reach")),
+    )
+
+
+class TablesStruct(ctypes.Structure):
+    """``struct Tables`` of radial.cpp."""
+
+    _fields_ = (
+        ("bias", c_void_p),
+        *((name, c_void_p * 2) for name in ("rows", "index")),
+        ("count", c_int64),
+    )
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "Norm": NormStruct,
+    "Logits": LogitsStruct,
+    "Rows": RowsStruct,
+    "Grid": GridStruct,
+    "Gaussians": GaussiansStruct,
+    "Tables": TablesStruct,
+}
+
+_F, _I, _N, _THREADS = _Floats, _Indices, c_int64, c_int
+_NORM, _LOGITS, _ROWS = POINTER(NormStruct), POINTER(LogitsStruct), POINTER(RowsStruct)
+_GRID, _GAUSSIANS, _TABLES = POINTER(GridStruct), POINTER(GaussiansStruct), POINTER(TablesStruct)
+
+# Result and arguments of every function, in the order of the C++ files.
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "built_from": (c_char_p, ()),
+    **{f"sizeof_{name}": (c_int64, ()) for name in STRUCTS},
+    # message.cpp
+    "message_misfit": (c_char_p, (_ROWS, _N)),
+    "edge_message": (None, (_ROWS, _F, _F, _I, _I, _N, _F, _F, _N, _THREADS)),
+    "edge_message_backward": (
+        None,
+        (_ROWS, _F, _F, _I, _I, _N, _F, _F, _F, _F, _F, _N, _THREADS),
+    ),
+    # aggregate.cpp
+    "aggregate_misfit": (c_char_p, (_ROWS, _N)),
+    "edge_aggregate": (None, (_ROWS, _F, _F, _F, _N, _N, _F, _I, _F, _N, _THREADS)),
+    "edge_aggregate_backward": (
+        None,
+        (_ROWS, _F, _F, _I, _F, _F, _N, _N, _F, _F, _N, _THREADS),
+    ),
+    # attention.cpp
+    "logits_misfit": (c_char_p, (_N,)),
+    "attention_logits": (None, (_LOGITS, _F, _N, _F, _N, _THREADS)),
+    "attention_logits_backward": (None, (_LOGITS, _F, _N, _F, _F, _F, _N, _THREADS)),
+    "edge_softmax": (None, (_F, _N, _I, _F, _N, _THREADS)),
+    "edge_softmax_backward": (None, (_F, _F, _N, _I, _F, _N, _THREADS)),
+    # s2_grid.cpp
+    "s2_grid_misfit": (c_char_p, (_GRID, _N)),
+    "s2_activation": (None, (_GRID, _F, _N, _F, _N, _N, _N, _THREADS)),
+    "s2_activation_backward": (None, (_GRID, _F, _N, _F, _N, _F, _N, _N, _THREADS)),
+    "silu_samples": (None, (_GRID, _F, _N, _F, _N, _N, _THREADS)),
+    "silu_samples_backward": (None, (_GRID, _F, _N, _F, _F, _N, _N, _THREADS)),
+    "integrate_silu": (None, (_GRID, _F, _F, _N, _N, _THREADS)),
+    "integrate_silu_backward": (None, (_GRID, _F, _F, _N, _F, _N, _N, _THREADS)),
+    # radial.cpp
+    "gaussians_misfit": (c_char_p, (_GAUSSIANS, _N)),
+    "gaussians_times": (None, (_GAUSSIANS, _F, _F, _N, _TABLES, _F, _N, _THREADS)),
+    "gaussians_times_backward": (None, (_GAUSSIANS, _F, _F, _N, _F, _N, _THREADS)),
+    "norm_misfit": (c_char_p, (_N,)),
+    "layer_norm_silu": (None, (_NORM, _N, _F, _F, _N, _THREADS)),
+    "norm_block": (c_int64, ()),
+    "layer_norm_silu_backward": (None, (_NORM, _N, _F, _F, _F, _F, _N, _THREADS)),
+}
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes the signatures.
+
+    Raises:
+        AttributeError: if the library lacks a function.
+    """
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments

@@ -1,0 +1,49 @@
+"""Which compiled kernels a test ran."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from fairchem_equiformer.ops.native import loader
+from fairchem_equiformer.ops.native.interface import SIGNATURES
+
+if TYPE_CHECKING:
+    import ctypes
+    from collections.abc import Iterator
+
+
+class _Watched:
+    """The library; remembers which of the functions that compute were called."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.called: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.library, name)
+        result, _ = SIGNATURES[name]
+        if result is not None:  # says something about sizes, and computes nothing
+            return function
+
+        def call(*arguments: Any) -> None:
+            self.called.add(name)
+            function(*arguments)
+
+        return call
+
+
+@contextmanager
+def called_kernels() -> Iterator[set[str]]:
+    """Names of the compiled functions that were called within, complete at the end."""
+    library = loader.library()
+    assert library is not None
+    watched = _Watched(library)
+    with mock.patch.object(loader, "library", return_value=watched):
+        yield watched.called
+
+
+def with_backward(*names: str) -> set[str]:
+    """Kernels and those of their gradients."""
+    return {name + end for name in names for end in ("", "_backward")}
