@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 from typing import TYPE_CHECKING
@@ -42,6 +43,36 @@ TINY_MODEL = {
     "edge_channels": 16,
     "regress_forces": True,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_memory():
+    """Fresh memory is full of NaN, or of numbers beyond any index.
+
+    What is read before it is written, or never written, then shows in the result. PyTorch's own
+    switch for this needs its deterministic algorithms, which would change what is tested.
+    """
+
+    def poisoned(make):
+        @functools.wraps(make)
+        def fresh(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.dtype == torch.bool:
+                return tensor.fill_(True)
+            if tensor.is_floating_point():
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+        return fresh
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in (
+            (torch, ("empty", "empty_like", "empty_strided")),
+            (torch.Tensor, ("new_empty", "new_empty_strided")),
+        ):
+            for name in names:
+                patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
 
 
 def pytest_collection_modifyitems(items):
