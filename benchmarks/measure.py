@@ -240,19 +240,13 @@ TASKS = {
 def our_search(config: dict[str, Any]) -> Callable[[Batch], Outputs]:
     """Return this package's search: batch to source [E], target [E] and vector [E, 3]."""
     # Only here: the stock model is measured in a process that never saw this package.
-    from fairchem_equiformer.models.graph import build_graph  # noqa: PLC0415
+    from fairchem_equiformer.graph.build import GraphConfig, build_graph  # noqa: PLC0415
+
+    names = ("max_radius", "max_neighbors", "enforce_max_neighbors_strictly", "max_num_elements")
+    settings = GraphConfig(**{name: config[name] for name in names if name in config})
 
     def search(data: Batch) -> Outputs:
-        graph = build_graph(
-            data,
-            cutoff=config["max_radius"],
-            max_neighbors=config["max_neighbors"],
-            enforce_max_neighbors_strictly=config.get("enforce_max_neighbors_strictly", True),
-            use_pbc=True,
-            use_pbc_single=False,
-            otf_graph=True,
-            max_num_elements=config["max_num_elements"],
-        )
+        graph = build_graph(data, settings)
         return {"source": graph.source, "target": graph.target, "vector": graph.vector}
 
     return search

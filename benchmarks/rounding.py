@@ -16,7 +16,7 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import Equiform
 from benchmarks.compare import CONFIGS
 from benchmarks.measure import batch_of, model_config
 from fairchem_equiformer import EquiformerV2
-from fairchem_equiformer.models import equiformer_v2
+from fairchem_equiformer.models import backbone
 
 
 def main() -> None:
@@ -43,14 +43,14 @@ def main() -> None:
 
 def in_double(model: EquiformerV2, data: object) -> dict[str, torch.Tensor]:
     """Results in float64 on the edges that float32 finds; leaves the model in float64."""
-    build = equiformer_v2.build_graph
+    build = backbone.build_graph
 
     def build_and_widen(*arguments: object, **options: object) -> object:
         graph = build(*arguments, **options)
         vector = graph.vector.double()
         return replace(graph, vector=vector, distance=vector.norm(dim=1))
 
-    with patch.object(equiformer_v2, "build_graph", build_and_widen):
+    with patch.object(backbone, "build_graph", build_and_widen):
         found: dict[str, torch.Tensor] = model.double()(data.clone())
     return found
 

@@ -1,24 +1,69 @@
-"""EquiformerV2 as a plugin model for fairchem-core 1.10.
+"""EquiformerV2: the same weights and numbers as fairchem's, several times faster.
 
-Importing this package registers its models and its loss with fairchem and makes fairchem's set-up
-tolerate models whose own dependencies are missing.
+Importing this package needs nothing but Python; each name below is imported when it is first asked
+for. Those of models are fairchem-core 1.10's registered classes where that is installed, and the
+same models in plain PyTorch (``fairchem_equiformer.models``) where it is not.
 """
 
 from __future__ import annotations
 
-from fairchem_equiformer import fairchem_setup
-from fairchem_equiformer.loss import MaskedMAE
-from fairchem_equiformer.models.equiformer_v2 import EquiformerV2, EquiformerV2Backbone
-from fairchem_equiformer.models.heads import EnergyHead, ForceHead, StressHead
+from functools import cache
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.fairchem1.data.noisy_nodes import NoisyNodesLmdb
+    from fairchem_equiformer.fairchem1.data.qm9 import QM9Dataset
+    from fairchem_equiformer.fairchem1.loss import MaskedMAE
+    from fairchem_equiformer.fairchem1.models import (
+        EnergyHead,
+        EquiformerV2,
+        EquiformerV2Backbone,
+        ForceHead,
+        StressHead,
+    )
+    from fairchem_equiformer.fairchem1.trainer import AuxiliaryTaskTrainer
 
 __all__ = [
+    "AuxiliaryTaskTrainer",
     "EnergyHead",
     "EquiformerV2",
     "EquiformerV2Backbone",
     "ForceHead",
     "MaskedMAE",
+    "NoisyNodesLmdb",
+    "QM9Dataset",
     "StressHead",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
-fairchem_setup.install()
+_MODELS = ("EnergyHead", "EquiformerV2", "EquiformerV2Backbone", "ForceHead", "StressHead")
+_MODULES = {
+    "AuxiliaryTaskTrainer": "fairchem1.trainer",
+    "MaskedMAE": "fairchem1.loss",
+    "NoisyNodesLmdb": "fairchem1.data.noisy_nodes",
+    "QM9Dataset": "fairchem1.data.qm9",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODELS:
+        module = "fairchem1.models" if fairchem1_installed() else "models"
+    elif name in _MODULES:
+        module = _MODULES[name]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+@cache
+def fairchem1_installed() -> bool:
+    """Whether this environment has fairchem-core 1.10."""
+    try:
+        return metadata.version("fairchem-core").startswith("1.10.")
+    except metadata.PackageNotFoundError:
+        return False

@@ -2,7 +2,7 @@
 
 import sys
 
-from fairchem_equiformer.cli import main
+from fairchem_equiformer.fairchem1.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

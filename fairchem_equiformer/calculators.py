@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fairchem_equiformer.preflight import InputError
+from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator

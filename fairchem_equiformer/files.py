@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairchem_equiformer.preflight import InputError
+from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

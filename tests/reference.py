@@ -22,8 +22,8 @@ from torch.distributions import Normal
 
 if TYPE_CHECKING:
     from fairchem_equiformer import EquiformerV2
+    from fairchem_equiformer.graph.edge_graph import EdgeGraph
     from fairchem_equiformer.models.config import ModelConfig
-    from fairchem_equiformer.ops.edge_graph import EdgeGraph
 
 Parameters = dict[str, Tensor]
 

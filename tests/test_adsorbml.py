@@ -24,14 +24,14 @@ from fairchem.core import OCPCalculator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairchem_equiformer import cli
 from fairchem_equiformer.adsorbml import ranking, relaxation, score, single_points
 from fairchem_equiformer.adsorbml.__main__ import main
 from fairchem_equiformer.adsorbml.placements import Placement, read_placements
 from fairchem_equiformer.adsorbml.ranking import Candidate, anomalies
 from fairchem_equiformer.adsorbml.score import Reference
 from fairchem_equiformer.adsorbml.single_points import SinglePoint
-from fairchem_equiformer.preflight import InputError
+from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem1 import cli
 from tests.conftest import make_data, make_tiny_config, write_lmdb
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "emt"))

@@ -22,7 +22,7 @@ from fairchem.core.common.flags import flags
 from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from submitit import LocalExecutor
 
-from fairchem_equiformer.cli import main
+from fairchem_equiformer.fairchem1.cli import main
 from fairchem_equiformer.ops.radial import RadialTables
 from tests.conftest import make_atoms, make_tiny_config
 

@@ -13,7 +13,8 @@ import yaml
 from fairchem.core import OCPCalculator
 from fairchem.core.common.registry import registry
 
-from fairchem_equiformer import cli, convert
+from fairchem_equiformer import convert as convert_command
+from fairchem_equiformer.fairchem1 import cli, convert
 from tests.conftest import make_atoms, make_tiny_config
 from tests.models import relative_error
 
@@ -106,7 +107,7 @@ def test_there_and_back(trained):
 def test_resumed_training_goes_on_as_fairchems(trained, train):
     form, config, folder = trained
     converted = folder / "converted.pt"
-    assert convert.main([str(folder / "checkpoint.pt"), str(converted)]) == 0
+    assert convert_command.main([str(folder / "checkpoint.pt"), str(converted)]) == 0
     theirs = load(train(config, f"{form}-on", 4, folder / "checkpoint.pt") / "checkpoint.pt")
     own_config = config | {"model": load(converted)["config"]["model"]}
     own = load(train(own_config, f"{form}-ours", 4, converted) / "checkpoint.pt")
@@ -126,7 +127,7 @@ def test_resumed_training_goes_on_as_fairchems(trained, train):
 def test_calculator_predicts_the_same(trained, tmp_path):
     _, _, folder = trained
     converted = tmp_path / "ours.pt"
-    assert convert.main([str(folder / "best_checkpoint.pt"), str(converted)]) == 0
+    assert convert_command.main([str(folder / "best_checkpoint.pt"), str(converted)]) == 0
     results = []
     for path in (folder / "best_checkpoint.pt", converted):
         atoms = make_atoms(3)
@@ -265,7 +266,7 @@ def test_what_cannot_be_converted_is_one_line(change, parts, tmp_path, capsys):
     change(checkpoint)
     source, target = tmp_path / "source.pt", tmp_path / "target.pt"
     torch.save(checkpoint, source)
-    assert convert.main([str(source), str(target)]) == 2
+    assert convert_command.main([str(source), str(target)]) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"convert: error: {source}: ")
     assert message.count("\n") == 1
@@ -276,11 +277,11 @@ def test_what_cannot_be_converted_is_one_line(change, parts, tmp_path, capsys):
 
 def test_missing_unreadable_and_existing_files(tmp_path, capsys):
     source, target = tmp_path / "source.pt", tmp_path / "target.pt"
-    assert convert.main([str(source), str(target)]) == 2
+    assert convert_command.main([str(source), str(target)]) == 2
     assert "no such file" in capsys.readouterr().err
     source.write_bytes(b"no checkpoint")
-    assert convert.main([str(source), str(target)]) == 2
+    assert convert_command.main([str(source), str(target)]) == 2
     assert "cannot be read" in capsys.readouterr().err
     target.touch()
-    assert convert.main([str(source), str(target)]) == 2
+    assert convert_command.main([str(source), str(target)]) == 2
     assert f"{target} exists" in capsys.readouterr().err

@@ -12,12 +12,12 @@ from fairchem.core.models.base import GraphModelMixin
 from fairchem.core.preprocessing import AtomsToGraphs
 from torch_geometric.data import Batch
 
-from fairchem_equiformer.models import graph as graph_module
-from fairchem_equiformer.models.graph import build_graph
+from fairchem_equiformer.graph import build as graph_module
+from fairchem_equiformer.graph.build import GraphConfig, build_graph
 from tests.structures import rutile
 
 SETTINGS = {
-    "cutoff": 6.0,
+    "max_radius": 6.0,
     "max_neighbors": 12,
     "enforce_max_neighbors_strictly": True,
     "use_pbc": True,
@@ -49,7 +49,7 @@ def batch():
 
 
 def graph_of(batch, **changes):
-    return build_graph(batch, **{**SETTINGS, **changes})
+    return build_graph(batch, GraphConfig(**{**SETTINGS, **changes}))
 
 
 class Stock(GraphModelMixin):
@@ -61,6 +61,7 @@ class Stock(GraphModelMixin):
 def stock_graph(batch, **changes):
     settings = {**SETTINGS, **changes}
     del settings["max_num_elements"]
+    settings["cutoff"] = settings.pop("max_radius")
     return Stock().generate_graph(batch, **settings)
 
 
@@ -119,7 +120,7 @@ def test_graph_is_fairchems(batch, strict, single):
 def test_single_search_does_not_see_the_rest_of_the_batch():
     # Perfect crystals: which of many equal distances are kept hangs on the size of a table.
     crystals = [fcc111("Cu", (2, 2, 3), vacuum=6), bulk("Ni", cubic=True), bulk("Fe")]
-    changes = {"use_pbc_single": True, "cutoff": 8.0, "max_neighbors": 20}
+    changes = {"use_pbc_single": True, "max_radius": 8.0, "max_neighbors": 20}
     together = graph_of(batch_of(*crystals), **changes)
     assert_same(together, stock_graph(batch_of(*crystals), **changes))
     alone = [graph_of(batch_of(atoms), **changes).vector for atoms in crystals]
@@ -144,9 +145,9 @@ def test_given_edges_are_used_in_fairchems_order(batch):
     batch.edge_index = found.edge_index[:, shuffled]
     batch.cell_offsets = found.cell_offsets[shuffled]
     batch.neighbors = found.neighbors
-    given = stock_graph(batch, otf_graph=False, cutoff=1.0)
+    given = stock_graph(batch, otf_graph=False, max_radius=1.0)
     by_target = given.edge_index[1].argsort(stable=True)
-    graph = graph_of(batch, otf_graph=False, cutoff=1.0)
+    graph = graph_of(batch, otf_graph=False, max_radius=1.0)
     assert torch.equal(graph.source, given.edge_index[0][by_target])
     assert torch.equal(graph.target, given.edge_index[1][by_target])
     assert torch.equal(graph.vector, given.edge_distance_vec[by_target])

@@ -21,8 +21,8 @@ from fairchem.core.common.registry import registry
 from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from torch_geometric.data import Batch, Data
 
-from fairchem_equiformer import cli
-from fairchem_equiformer.trainer import AuxiliaryTaskTrainer
+from fairchem_equiformer.fairchem1 import cli
+from fairchem_equiformer.fairchem1.trainer import AuxiliaryTaskTrainer
 from tests.conftest import write_lmdb
 from tests.models import relative_error, scatter_weights
 from tests.structures import from_atoms, in_double, moved

@@ -1,4 +1,4 @@
-"""The layers of the package import downwards only: models, nn, ops, so3."""
+"""Imports point down only: applications, adapters, checkpoints, models, nn, graph, ops, so3."""
 
 from __future__ import annotations
 
@@ -8,14 +8,49 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fairchem_equiformer"
-LAYERS = ("so3", "ops", "nn", "models")  # lowest first
-# These must be usable without fairchem, and torch_scatter is what only fairchem needs.
-FOREIGN = {"fairchem", "torch_scatter", "torch_geometric"}
+
+# What each folder or file at the top of the package may import of it, beside itself.
+TOOLS = {"errors", "files"}
+OPS = {"so3"} | TOOLS
+GRAPH = {"ops"} | OPS
+NN = {"graph"} | GRAPH
+MODELS = {"nn"} | NN
+CHECKPOINTS = {"models"} | MODELS
+ADAPTER = {"checkpoints"} | CHECKPOINTS
+FAIRCHEM_1 = {"fairchem1"} | ADAPTER
+FAIRCHEM_2 = {"fairchem2"} | ADAPTER
+APPLICATION = FAIRCHEM_1 | FAIRCHEM_2 | {"calculators"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "so3": set(),
+    "ops": OPS,
+    "graph": GRAPH,
+    "nn": NN,
+    "models": MODELS,
+    "checkpoints": CHECKPOINTS,
+    "calculators": {"errors"},
+    "fairchem1": ADAPTER,
+    "__init__": APPLICATION,  # nothing until it is asked for, see test_lazy_imports.py
+    "__main__": APPLICATION,
+    "convert": APPLICATION,
+    "leaderboard": APPLICATION,
+    "adsorbml": APPLICATION,
+    # Names of fairchem1 in configs and checkpoints from before 0.2.
+    "data": {"fairchem1"},
+    "trainer": {"fairchem1"},
+}
+# Below the adapters, the same code serves every framework.
+FRAMEWORKS = {"fairchem", "torch_geometric", "torch_scatter", "torch_sim"}
+WITHOUT_FRAMEWORK = {
+    *("errors", "files", "so3", "ops", "graph", "nn", "models", "checkpoints", "calculators"),
+    *("__init__", "convert"),
+}
 
 FILES = [
-    pytest.param(layer, path, id=str(path.relative_to(PACKAGE)))
-    for layer in LAYERS
-    for path in sorted((PACKAGE / layer).rglob("*.py"))
+    pytest.param(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path, id=name)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    for name in [str(path.relative_to(PACKAGE))]
 ]
 
 
@@ -34,24 +69,27 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def test_every_layer_has_files():
-    assert {parameter.values[0] for parameter in FILES} == set(LAYERS)
-
-
-@pytest.mark.parametrize(("layer", "path"), FILES)
-def test_imports_point_down(layer, path):
-    allowed = LAYERS[: LAYERS.index(layer) + 1]
-    forbidden = {
-        name
-        for name in imported_modules(path)
-        if name.startswith(f"{PACKAGE.name}.") and name.split(".")[1] not in allowed
+def places(path: Path) -> set[str]:
+    """Folders and files at the top of the package that a file imports from."""
+    below = {
+        name.split(".")[1] for name in imported_modules(path) if name.startswith(PACKAGE.name + ".")
     }
-    assert not forbidden
+    top = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    return below & top
+
+
+def test_every_place_has_its_row():
+    assert {parameter.values[0] for parameter in FILES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(("place", "path"), FILES)
+def test_imports_point_down(place, path):
+    assert places(path) <= MAY_IMPORT[place] | {place}
 
 
 @pytest.mark.parametrize(
-    ("layer", "path"), [parameter for parameter in FILES if parameter.values[0] != "models"]
+    ("place", "path"), [item for item in FILES if item.values[0] in WITHOUT_FRAMEWORK]
 )
-def test_no_foreign_package_below_models(layer, path):  # noqa: ARG001
+def test_no_framework_below_the_adapters(place, path):  # noqa: ARG001
     roots = {name.split(".")[0] for name in imported_modules(path)}
-    assert not roots & FOREIGN
+    assert not roots & FRAMEWORKS

@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Data
 
-from fairchem_equiformer import cli
+from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem1 import cli
 from fairchem_equiformer.leaderboard import form, metrics, split, systems
 from fairchem_equiformer.leaderboard.__main__ import main
 from fairchem_equiformer.leaderboard.form import Form
-from fairchem_equiformer.preflight import InputError
 from tests.conftest import make_atoms, make_data, make_tiny_config, write_lmdb
 
 # fairchem calls ASE by an old name when it writes a frame.

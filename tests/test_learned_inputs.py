@@ -9,10 +9,10 @@ import torch
 from fairchem.core.models.equiformer_v2.gaussian_rbf import GaussianRadialBasisLayer
 from torch.autograd import gradcheck
 
+from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.nn.radial import LearnableGaussianSmearing
 from fairchem_equiformer.ops.edge_attention import edge_attention
 from fairchem_equiformer.ops.edge_degree import edge_degree_embedding
-from fairchem_equiformer.ops.edges import prepare_edges
 from fairchem_equiformer.ops.radial import LearnedGaussians, gaussians
 from fairchem_equiformer.so3.layout import layout
 from tests import reference

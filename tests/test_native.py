@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.ops import native
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
 from fairchem_equiformer.ops.attention_weights import (
@@ -22,7 +23,6 @@ from fairchem_equiformer.ops.attention_weights import (
     attention_softmax,
     attention_softmax_backward,
 )
-from fairchem_equiformer.ops.edges import prepare_edges
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.message import message, message_backward
 from fairchem_equiformer.ops.native import interface, loader

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.data import Data
 
-from fairchem_equiformer.ops import neighbors
-from fairchem_equiformer.ops.neighbors import neighbor_list, plane_spacings
+from fairchem_equiformer.graph import neighbors
+from fairchem_equiformer.graph.neighbors import neighbor_list, plane_spacings
 from tests.structures import rutile
 
 PERIODIC = (True, True, True)

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from fairchem_equiformer.data.noisy_nodes import NoisyNodes, NoisyNodesLmdb, corrupt
-from fairchem_equiformer.loss import MaskedMAE
+from fairchem_equiformer.fairchem1.data.noisy_nodes import NoisyNodes, NoisyNodesLmdb, corrupt
+from fairchem_equiformer.fairchem1.loss import MaskedMAE
 from tests.conftest import make_data, write_lmdb
 
 STD = 0.3
 collate = functools.partial(data_list_collater, otf_graph=True)
 OC20 = {"std": STD, "probability": 0.5, "interpolate": True}
-FORMAT = "fairchem_equiformer.data.noisy_nodes.NoisyNodesLmdb"
+FORMAT = "fairchem_equiformer.NoisyNodesLmdb"
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -17,7 +17,7 @@ from ase.optimize import BFGS
 from fairchem.core import OCPCalculator
 from fairchem.core.common.utils import load_config
 
-from fairchem_equiformer import cli
+from fairchem_equiformer.fairchem1 import cli
 from tests.test_configs import CONFIGS, trainable_parameters
 
 # Of fairchem's own classes under the same keys.

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.nn.feed_forward import FeedForward, FeedForwardConfig
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.ops import s2_activation as s2_module
 from fairchem_equiformer.ops.edge_attention import AttentionSpec, AttentionWeights, edge_attention
 from fairchem_equiformer.ops.edge_degree import edge_degree_embedding
-from fairchem_equiformer.ops.edge_graph import EdgeGraph
-from fairchem_equiformer.ops.edges import prepare_edges
+from fairchem_equiformer.ops.edges import NodeShare
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.radial import (
@@ -95,11 +96,9 @@ def make_graph(degrees: list[int], device: torch.device | str = "cpu") -> EdgeGr
         distance=vector.norm(dim=1),
         atomic_numbers=torch.randint(0, ELEMENTS, (atoms,)),
         batch=(torch.arange(atoms) > 1).long(),
-        num_graphs=2,
+        natoms=torch.tensor([min(atoms, 2), max(atoms - 2, 0)]),
     )
-    tensors = {
-        name: value.to(device) for name, value in vars(graph).items() if name != "num_graphs"
-    }
+    tensors = {name: value.to(device) for name, value in vars(graph).items() if name != "tags"}
     return replace(graph, **tensors)
 
 
@@ -247,7 +246,8 @@ def attend(
     max_edges: int | None = None,
     rows: slice | None = None,
 ) -> Tensor:
-    edges = prepare_edges(graph, case.layout, CHANNELS, x.dtype, max_edges=max_edges, rows=rows)
+    share = None if rows is None else NodeShare(rows, torch.clone, torch.clone)
+    edges = prepare_edges(graph, case.layout, CHANNELS, x.dtype, max_edges=max_edges, share=share)
     basis = make_basis(case.num_basis, x.device)
     basis = basis._replace(centers=basis.centers.to(x.dtype))
     mask = case.mask(graph.num_edges)

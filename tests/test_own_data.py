@@ -20,8 +20,7 @@ from fairchem.core.common.tutorial_utils import generate_yml_config
 from fairchem.core.common.utils import load_config
 from fairchem.core.scripts import fit_normalizers, fit_references
 
-from fairchem_equiformer import cli
-from fairchem_equiformer.data import statistics
+from fairchem_equiformer.fairchem1 import cli, statistics
 from tests.conftest import TINY_MODEL
 from tests.test_configs import CONFIGS, trainable_parameters
 

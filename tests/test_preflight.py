@@ -9,7 +9,7 @@ import torch
 import yaml
 from fairchem.core import _cli
 
-from fairchem_equiformer.cli import main
+from fairchem_equiformer.fairchem1.cli import main
 from tests.conftest import make_data, write_lmdb
 
 MODES = ("train", "validate", "predict", "run-relaxations")

@@ -19,11 +19,11 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.datasets.base_dataset import create_dataset
 from torch_geometric import datasets
 
-from fairchem_equiformer import cli
-from fairchem_equiformer.data import qm9
+from fairchem_equiformer.fairchem1 import cli
+from fairchem_equiformer.fairchem1.data import qm9
 from tests.test_configs import CONFIGS, trainable_parameters
 
-FORMAT = "fairchem_equiformer.data.qm9.QM9Dataset"
+FORMAT = "fairchem_equiformer.QM9Dataset"
 SIZES = {"num_train": 16, "num_val": 4}
 COUNT = 24
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from fairchem_equiformer import EquiformerV2
-from fairchem_equiformer.models.graph import build_graph
+from fairchem_equiformer.graph.build import build_graph
 from tests.reference import reference_forward
 from tests.tolerances import assert_close
 
@@ -91,16 +91,7 @@ def weighted_sum(energy: Tensor, forces: Tensor) -> Tensor:
 
 def check(model: EquiformerV2, batch: Batch) -> None:
     config = model.config
-    graph = build_graph(
-        batch,
-        cutoff=config.max_radius,
-        max_neighbors=config.max_neighbors,
-        enforce_max_neighbors_strictly=config.enforce_max_neighbors_strictly,
-        use_pbc=config.use_pbc,
-        use_pbc_single=config.use_pbc_single,
-        otf_graph=config.otf_graph,
-        max_num_elements=config.max_num_elements,
-    )
+    graph = build_graph(batch, config.graph(otf=config.otf_graph))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     out = model(batch)
     grads = torch.autograd.grad(weighted_sum(out["energy"], out["forces"]), list(trained.values()))

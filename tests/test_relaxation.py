@@ -10,7 +10,7 @@ from fairchem.core.common.relaxation.optimizers import lbfgs_torch
 from fairchem.core.datasets import data_list_collater
 from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 
-from fairchem_equiformer.relaxation import LBFGS
+from fairchem_equiformer.fairchem1.relaxation import LBFGS
 from tests.conftest import make_data
 
 # fairchem calls ASE by an old name when it writes a frame.

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from fairchem_equiformer.adsorbml import ranking, relaxation, score, single_points
 from fairchem_equiformer.adsorbml.oc20_dense import read_oc20_dense
 from fairchem_equiformer.adsorbml.placements import SLAB, read_placements
+from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import replacing, write_json
-from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 from fairchem_equiformer.adsorbml.score import Reference
-from fairchem_equiformer.preflight import InputError
+from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path

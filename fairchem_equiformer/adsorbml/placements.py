@@ -25,7 +25,7 @@ from ase.constraints import FixAtoms
 from fairchem.core.datasets import LmdbDataset
 from tqdm import tqdm
 
-from fairchem_equiformer.preflight import InputError
+from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from fairchem_equiformer.adsorbml.placements import ADSORBATE, Placement, read_slab
 from fairchem_equiformer.adsorbml.relaxation import read_relaxed
+from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import read_json, write_json
-from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

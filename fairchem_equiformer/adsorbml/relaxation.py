@@ -26,8 +26,8 @@ from fairchem.core.preprocessing import AtomsToGraphs
 from tqdm import tqdm
 
 from fairchem_equiformer.calculators import make_calculator
+from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import read_json, replacing, write_json
-from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -22,8 +22,8 @@ import numpy as np
 from fairchem_equiformer.adsorbml.ranking import read_ranking
 from fairchem_equiformer.adsorbml.relaxation import read_settings
 from fairchem_equiformer.adsorbml.single_points import SinglePoint, read_single_point
+from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import read_json, replacing
-from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -1,1 +1,1 @@
-"""Datasets for fairchem's trainers, given by dotted name as `dataset.train.format`."""
+"""The names of ``fairchem1.data`` in configs and checkpoints from before 0.2."""

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairchem_equiformer.calculators import make_calculator
+from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import write_json
 from fairchem_equiformer.leaderboard import form, metrics, systems
 from fairchem_equiformer.leaderboard.collect import collect
 from fairchem_equiformer.leaderboard.split import FailedError, Split
-from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import replacing
 from fairchem_equiformer.leaderboard import form, split, systems
-from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,8 +26,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.leaderboard import split, systems
-from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -28,10 +28,10 @@ import numpy as np
 import yaml
 from fairchem.core.common.flags import flags
 
-from fairchem_equiformer import preflight
+from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem1 import preflight
 from fairchem_equiformer.files import replacing, write_json
 from fairchem_equiformer.leaderboard import systems
-from fairchem_equiformer.preflight import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,9 @@ import torch
 from fairchem.core.common.registry import registry
 from tqdm import tqdm
 
-from fairchem_equiformer.preflight import LMDB_FORMATS, InputError
+from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem1.names import todays_name
+from fairchem_equiformer.fairchem1.preflight import LMDB_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,7 +34,9 @@ def read(src: str, dataset_format: str = "lmdb") -> Iterator[Data]:
         InputError: if there is no such dataset.
     """
     path = Path(src)
-    if dataset_format in LMDB_FORMATS and not (path.is_file() or any(path.glob("*.lmdb"))):
+    if todays_name(dataset_format) in LMDB_FORMATS and not (
+        path.is_file() or any(path.glob("*.lmdb"))
+    ):
         raise InputError(f"no LMDB: {src} (looked from {Path.cwd()})")
     try:
         dataset = registry.get_dataset_class(dataset_format)({"src": src})

@@ -1,1 +1,18 @@
-"""What fairchem sees of this package."""
+"""EquiformerV2 in plain PyTorch: config, backbone, heads, and the flat model."""
+
+from fairchem_equiformer.models.backbone import Embedding, EquiformerV2Backbone
+from fairchem_equiformer.models.config import ModelConfig
+from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
+from fairchem_equiformer.models.heads import EnergyHead, ForceHead, StressHead
+from fairchem_equiformer.models.hydra import EquiformerV2Hydra
+
+__all__ = [
+    "Embedding",
+    "EnergyHead",
+    "EquiformerV2",
+    "EquiformerV2Backbone",
+    "EquiformerV2Hydra",
+    "ForceHead",
+    "ModelConfig",
+    "StressHead",
+]

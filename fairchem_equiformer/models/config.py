@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from fairchem_equiformer.graph.build import GraphConfig
 from fairchem_equiformer.nn.attention import AttentionConfig
 from fairchem_equiformer.nn.block import BlockConfig
 from fairchem_equiformer.nn.feed_forward import FeedForwardConfig
@@ -200,6 +201,19 @@ class ModelConfig:
         if self.use_gate_act:
             return "gate"
         return "separable_s2" if self.use_sep_s2_act else "s2"
+
+    def graph(self, *, otf: bool) -> GraphConfig:
+        """Which edges the model reads; ``otf`` stands for ``otf_graph``, which callers may set."""
+        return GraphConfig(
+            max_radius=self.max_radius,
+            max_neighbors=self.max_neighbors,
+            enforce_max_neighbors_strictly=self.enforce_max_neighbors_strictly,
+            use_pbc=self.use_pbc,
+            use_pbc_single=self.use_pbc_single,
+            otf_graph=otf,
+            max_num_elements=self.max_num_elements,
+            use_tags=self.use_tag_embedding,
+        )
 
     def attention(self, num_basis: int) -> AttentionConfig:
         """Sizes of the attention layers."""

@@ -1,30 +1,27 @@
-"""Heads for fairchem's ``hydra`` model with :class:`EquiformerV2Backbone`."""
+"""Heads: from the backbone's node features to one output each.
+
+Their ``forward`` takes the batch, which they do not need, since the hydra models of fairchem-core,
+1.10 and 2, hand it over.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fairchem.core.common.registry import registry
-from fairchem.core.models.base import HeadInterface, HydraModel
 from torch import Tensor, nn
 
-from fairchem_equiformer.models.checkpoint import drop_derived
-from fairchem_equiformer.models.equiformer_v2 import (
-    EquiformerV2Backbone,
+from fairchem_equiformer.models.backbone import Embedding, EquiformerV2Backbone
+from fairchem_equiformer.models.load_hooks import drop_derived
+from fairchem_equiformer.models.readouts import (
     energy_block,
     force_block,
     forces,
-    gather_outputs,
-    rank2_inputs,
+    of_all_atoms,
     sum_energy,
 )
-from fairchem_equiformer.models.weight_decay import no_weight_decay
 from fairchem_equiformer.nn.initialization import initialize
 from fairchem_equiformer.nn.rank2 import Rank2Readout
 from fairchem_equiformer.ops.segments import segment_sum
-
-if TYPE_CHECKING:
-    from torch_geometric.data import Batch
 
 
 def _check_backbone(head: nn.Module, backbone: nn.Module) -> None:
@@ -36,8 +33,7 @@ def _check_backbone(head: nn.Module, backbone: nn.Module) -> None:
         raise TypeError(msg)
 
 
-@registry.register_model("fairchem_equiformer_v2_energy_head")
-class EnergyHead(nn.Module, HeadInterface):
+class EnergyHead(nn.Module):
     """Energy of each structure, from a feed-forward network on each atom.
 
     Args:
@@ -65,15 +61,14 @@ class EnergyHead(nn.Module, HeadInterface):
         initialize(self, backbone.config.weight_init)
         drop_derived(self)
 
-    def forward(self, data: Batch, emb: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, data: Any, emb: Embedding) -> dict[str, Tensor]:  # noqa: ARG002
         """[B], keyed by ``output_name``."""
-        energy = sum_energy(self.energy_block(emb["node_embedding"]).flatten(), emb)
-        divisor = self.average_num_nodes if self.reduce == "sum" else data.natoms
+        energy = sum_energy(self.energy_block, emb)
+        divisor = self.average_num_nodes if self.reduce == "sum" else emb.graph.natoms
         return {self.output_name: energy / divisor}
 
 
-@registry.register_model("fairchem_equiformer_v2_force_head")
-class ForceHead(nn.Module, HeadInterface):
+class ForceHead(nn.Module):
     """Force on each atom, from a block of graph attention.
 
     Args:
@@ -92,13 +87,12 @@ class ForceHead(nn.Module, HeadInterface):
         initialize(self, backbone.config.weight_init)
         drop_derived(self)
 
-    def forward(self, data: Batch, emb: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, data: Any, emb: Embedding) -> dict[str, Tensor]:  # noqa: ARG002
         """[N, 3], keyed by ``output_name``."""
         return {self.output_name: forces(self.force_block, emb)}
 
 
-@registry.register_model("fairchem_equiformer_v2_stress_head")
-class StressHead(Rank2Readout, HeadInterface):
+class StressHead(Rank2Readout):
     """Symmetric second-rank tensor of each structure, such as its stress.
 
     Takes the keys of fairchem's ``rank2_symmetric_head`` and has its parameters.
@@ -150,34 +144,21 @@ class StressHead(Rank2Readout, HeadInterface):
         initialize(self.block, "uniform")
         drop_derived(self)
 
-    def forward(self, data: Batch, emb: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, data: Any, emb: Embedding) -> dict[str, Tensor]:  # noqa: ARG002
         """Predict.
 
         Returns:
             With ``decompose``, ``<output_name>_isotropic`` [B, 1] and ``<output_name>_anisotropic``
             [B, 5]; else ``output_name`` [3 B, 3], one matrix below the other.
         """
-        found = self.components(*rank2_inputs(emb))
-        if emb["edges"].gather is not None:
-            found = [gather_outputs(values) for values in found]
-        graph = emb["graph"]
-        divisor = self.avg_num_nodes if self.extensive else data.natoms[:, None]
+        graph, edges = emb.graph, emb.inputs.edges
+        x = emb.node_embedding
+        if edges.share is not None:
+            x = edges.share.gather(x)
+        found = [of_all_atoms(values, emb) for values in self.components(x, edges)]
+        divisor = self.avg_num_nodes if self.extensive else graph.natoms[:, None]
         parts = [segment_sum(v, graph.batch, graph.num_graphs) / divisor for v in found]
         if not self.block.decompose:
             return {self.output_name: parts[0].reshape(-1, 3)}
         kinds = ("isotropic", "anisotropic")
         return {f"{self.output_name}_{kind}": v for kind, v in zip(kinds, parts, strict=True)}
-
-
-_hydra_no_weight_decay = HydraModel.no_weight_decay
-
-
-def _no_weight_decay(self: HydraModel) -> Any:
-    """As the flat model with our backbone; else by parameter names, as fairchem does."""
-    if isinstance(self.backbone, EquiformerV2Backbone):
-        return no_weight_decay(self)
-    return _hydra_no_weight_decay(self)
-
-
-# fairchem's hydra asks neither backbone nor heads, and leaves them no other place to say it.
-HydraModel.no_weight_decay = _no_weight_decay

@@ -9,12 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fairchem_equiformer.nn.edge_inputs import EdgeInputs
 from fairchem_equiformer.nn.radial import ElementEmbedding, RadialFunction
 from fairchem_equiformer.nn.so2_linear import SO2Convolution
 from fairchem_equiformer.nn.so3_linear import SO3Linear
 from fairchem_equiformer.ops.edge_attention import AttentionSpec, AttentionWeights, edge_attention
-from fairchem_equiformer.ops.edges import Edges
-from fairchem_equiformer.ops.radial import Basis
 from fairchem_equiformer.ops.touch import touch
 from fairchem_equiformer.so3.layout import Layout, layout
 
@@ -108,41 +107,34 @@ class GraphAttention(nn.Module):
             out_layout,
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        edges: Edges,
-        basis: Basis,
-        shared: tuple[nn.Embedding | None, nn.Embedding | None] = (None, None),
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: EdgeInputs) -> Tensor:
         """Attend to each atom's neighbours.
 
         Args:
             x: [rows, (lmax + 1)^2, C], features of the atoms computed here.
-            edges: of the batch.
-            basis: of the radial function.
-            shared: element embeddings of the model, where the layer has none.
+            inputs: what it reads of the edges.
 
         Returns:
             [rows, (lmax + 1)^2, out_channels], or [rows, 2 l + 1, out_channels] for one degree l.
         """
+        edges = inputs.edges
         mask = None
         if self.training and self.alpha_drop > 0:
             ones = x.new_ones(edges.num_edges, self.spec.num_heads)
             mask = nn.functional.dropout(ones, self.alpha_drop)
-        if edges.gather is not None:
-            x = edges.gather(x)
-        y = edge_attention(x, edges, basis, self._weights(shared), self.spec, mask)
+        if edges.share is not None:
+            x = edges.share.gather(x)
+        y = edge_attention(x, edges, inputs.basis, self._weights(inputs), self.spec, mask)
         if self.out_degree is None:
             return self.proj(y)
         y = y.to(self.proj.weight.dtype) @ self.proj.weight[self.out_degree].t()
         higher_orders = self.so2_conv_2.so2_m_conv[self.out_degree :]
         return touch(y, self.proj.bias, *higher_orders.parameters())
 
-    def _weights(self, shared: tuple[nn.Embedding | None, nn.Embedding | None]) -> AttentionWeights:
+    def _weights(self, inputs: EdgeInputs) -> AttentionWeights:
         radial = cast("RadialFunction", self.rad_func or self.so2_conv_1.rad_func)
-        source = self.source_embedding or shared[0]
-        target = self.target_embedding or shared[1]
+        source = self.source_embedding or inputs.source_embedding
+        target = self.target_embedding or inputs.target_embedding
         if self.out_degree is None:
             conv_2 = self.so2_conv_2.weights()
         else:

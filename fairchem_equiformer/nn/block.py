@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fairchem_equiformer.nn.attention import AttentionConfig, GraphAttention
+from fairchem_equiformer.nn.edge_inputs import EdgeInputs
 from fairchem_equiformer.nn.feed_forward import FeedForward, FeedForwardConfig
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.nn.regularization import ChannelDropout, GraphDropPath
 from fairchem_equiformer.ops.edges import Edges
-from fairchem_equiformer.ops.radial import Basis
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,10 @@ class TransformerBlock(nn.Module):
         self.norm_2 = NORMS[config.norm](lmax, channels)
         self.ffn = FeedForward(config.feed_forward, channels)
 
-    def forward(
-        self,
-        x: Tensor,
-        edges: Edges,
-        basis: Basis,
-        shared: tuple[nn.Embedding | None, nn.Embedding | None],
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: EdgeInputs) -> Tensor:
         """[rows, (lmax + 1)^2, C] to the same."""
-        x = x + self._drop(self.ga(self.norm_1(x), edges, basis, shared), edges)
-        return x + self._drop(self.ffn(self.norm_2(x)), edges)
+        x = x + self._drop(self.ga(self.norm_1(x), inputs), inputs.edges)
+        return x + self._drop(self.ffn(self.norm_2(x)), inputs.edges)
 
     def _drop(self, branch: Tensor, edges: Edges) -> Tensor:
         if not self.training:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fairchem_equiformer.nn.edge_inputs import EdgeInputs
 from fairchem_equiformer.nn.radial import ElementEmbedding, RadialFunction
 from fairchem_equiformer.ops.edge_degree import edge_degree_embedding
-from fairchem_equiformer.ops.edges import Edges
-from fairchem_equiformer.ops.radial import Basis
 
 
 class EdgeDegreeEmbedding(nn.Module):
@@ -45,14 +44,9 @@ class EdgeDegreeEmbedding(nn.Module):
         self.rad_func = RadialFunction(in_features, edge_channels, (lmax + 1) * channels)
         self.average_degree = average_degree
 
-    def forward(
-        self,
-        edges: Edges,
-        basis: Basis,
-        shared: tuple[nn.Embedding | None, nn.Embedding | None] = (None, None),
-    ) -> Tensor:
-        """Embedding [N, (lmax + 1)^2, C]."""
-        source = self.source_embedding or shared[0]
-        target = self.target_embedding or shared[1]
+    def forward(self, inputs: EdgeInputs) -> Tensor:
+        """Embedding [rows, (lmax + 1)^2, C]."""
+        source = self.source_embedding or inputs.source_embedding
+        target = self.target_embedding or inputs.target_embedding
         weights = self.rad_func.weights(source, target)
-        return edge_degree_embedding(edges, basis, weights, self.average_degree)
+        return edge_degree_embedding(inputs.edges, inputs.basis, weights, self.average_degree)

@@ -93,15 +93,15 @@ class Rank2Readout(nn.Module):
         self.xedge_layer_norm = nn.LayerNorm(width)
         self.block = _Components(width, num_layers, decompose=decompose)
 
-    def components(self, x: Tensor, edges: Edges, vector: Tensor) -> list[Tensor]:
+    def components(self, x: Tensor, edges: Edges) -> list[Tensor]:
         """One tensor [rows, T] for each perceptron, T its components; zero without edges.
 
         Args:
             x: [N, (lmax + 1)^2, C] features of all atoms.
             edges: sorted by target.
-            vector: [E, 3] Angstrom.
         """
         keep = torch.is_grad_enabled() and x.requires_grad
+        vector = edges.vector.to(x.dtype)
         chunks = []
         for chunk in edges.chunks or (_NO_ATOMS,):
             if keep:  # of a chunk's edges nothing is kept for the backward pass

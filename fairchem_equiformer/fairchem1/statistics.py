@@ -1,6 +1,6 @@
 """What a config should say of its training data: mean numbers of atoms and of neighbours.
 
-    python -m fairchem_equiformer.data.statistics CONFIG [--key.subkey=value ...]
+    python -m fairchem_equiformer.fairchem1.statistics CONFIG [--key.subkey=value ...]
 
 The model divides sums over atoms by the one and sums over neighbours by the other, so that they are
 of order one. The defaults are OC20's. Neighbours are counted with the config's own cutoff, and the
@@ -21,9 +21,10 @@ from fairchem.core.common.utils import setup_imports
 from fairchem.core.datasets import data_list_collater
 from tqdm import tqdm
 
+from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem1.preflight import read_config
+from fairchem_equiformer.graph.build import build_graph
 from fairchem_equiformer.models.config import ModelConfig
-from fairchem_equiformer.models.graph import build_graph
-from fairchem_equiformer.preflight import InputError, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,16 +55,8 @@ def measure(dataset: Dataset, model: ModelConfig, count: int) -> dict[str, float
     drawn = np.random.default_rng(0).choice(size, min(count, size), replace=False)
     atoms = edges = 0
     for index in tqdm(drawn.tolist(), desc="structures", leave=False):
-        graph = build_graph(
-            data_list_collater([dataset[index]], otf_graph=True),
-            cutoff=model.max_radius,
-            max_neighbors=model.max_neighbors,
-            enforce_max_neighbors_strictly=model.enforce_max_neighbors_strictly,
-            use_pbc=model.use_pbc,
-            use_pbc_single=model.use_pbc_single,
-            otf_graph=True,
-            max_num_elements=model.max_num_elements,
-        )
+        data = data_list_collater([dataset[index]], otf_graph=True)
+        graph = build_graph(data, model.graph(otf=True))
         atoms += graph.num_nodes
         edges += len(graph.source)
     return {"avg_num_nodes": atoms / len(drawn), "avg_degree": edges / atoms}
@@ -98,7 +91,7 @@ def _training_data(file: Path, config: Config) -> Dataset:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m fairchem_equiformer.data.statistics",
+        prog="python -m fairchem_equiformer.fairchem1.statistics",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

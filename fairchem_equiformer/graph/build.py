@@ -2,8 +2,8 @@
 
 A batch is a torch-geometric ``Batch`` or ``Data`` with the fields that fairchem's datasets write:
 ``pos``, ``cell``, ``natoms``, ``atomic_numbers``, and optionally ``pbc``, ``sid``, ``edge_index``,
-``cell_offsets``, ``neighbors``. Input that the model cannot work with ends in a ValueError that
-names the structure, the atom and the value.
+``cell_offsets``, ``neighbors``, ``tags``. Input that the model cannot work with ends in a
+ValueError that names the structure, the atom and the value.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from fairchem_equiformer.ops.edge_graph import EdgeGraph
-from fairchem_equiformer.ops.neighbors import NeighborList, neighbor_list, plane_spacings
+from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.graph.neighbors import NeighborList, neighbor_list, plane_spacings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NUM_TAGS = 3
+"""OC20's: bulk, surface, adsorbate."""
+
 MIN_DISTANCE = 0.01
 """Atoms closer than this (Angstrom) are on one point; fairchem silently leaves out their edge."""
 
@@ -33,17 +36,29 @@ MIN_PLANE_SPACING = 0.05
 """Lattice planes closer than this (Angstrom) make a cell degenerate."""
 
 
-def build_graph(
-    data: Any,
-    *,
-    cutoff: float,
-    max_neighbors: int,
-    enforce_max_neighbors_strictly: bool,
-    use_pbc: bool,
-    use_pbc_single: bool,
-    otf_graph: bool,
-    max_num_elements: int,
-) -> EdgeGraph:
+@dataclass(frozen=True)
+class GraphConfig:
+    """Which edges a model reads, by the names of its config keys."""
+
+    max_radius: float  # Angstrom
+    max_neighbors: int  # kept for an atom; zero or less keeps all
+    # Keep no more among equally distant ones. Otherwise also those within 0.01 Angstrom^2 of the
+    # first one left out, and that one.
+    enforce_max_neighbors_strictly: bool = True
+    # Periodic directions are those of `data.pbc`, all three if there is none; False ignores cell
+    # and images.
+    use_pbc: bool = True
+    # Search structures one by one, so that ties between equally far neighbours do not depend on the
+    # rest of the batch; slower for many small ones.
+    use_pbc_single: bool = False
+    # False takes `edge_index`, `cell_offsets` and `neighbors` from the batch if it has them
+    # (`max_neighbors` is then not applied).
+    otf_graph: bool = True
+    max_num_elements: int = 90  # atomic numbers run from 0 to this, excluded
+    use_tags: bool = False  # whether the model reads `tags`
+
+
+def build_graph(data: Any, config: GraphConfig) -> EdgeGraph:
     """Check a batch and find its edges: those of fairchem-core 1.10's ``generate_graph``.
 
     Where this is more general than fairchem: structures of one batch may differ in ``pbc``, atoms
@@ -54,18 +69,8 @@ def build_graph(
     0.01 Angstrom. Gradients flow from ``vector`` and ``distance`` to ``pos`` and ``cell``.
 
     Args:
-        data: The batch.
-        cutoff: Angstrom.
-        max_neighbors: Neighbours kept for an atom; zero or less keeps all.
-        enforce_max_neighbors_strictly: Keep no more among equally distant ones. Otherwise also
-            those within 0.01 Angstrom^2 of the first one left out, and that one.
-        use_pbc: Periodic directions are those of ``data.pbc``, all three if there is none;
-            False ignores cell and images.
-        use_pbc_single: Search structures one by one, so that ties between equally far neighbours
-            do not depend on the rest of the batch; slower for many small ones.
-        otf_graph: False takes ``edge_index``, ``cell_offsets`` and ``neighbors`` from the batch if
-            it has them (``max_neighbors`` is then not applied).
-        max_num_elements: Atomic numbers run from 0 to this, excluded.
+        data: The batch: any object with the fields above.
+        config: Which edges, and which of the fields.
 
     Returns:
         Edges sorted by target, then source, then image; given edges keep their order otherwise.
@@ -76,46 +81,42 @@ def build_graph(
             directions; two atoms, or an atom and an image, are on one point.
     """
     with torch.autocast(device_type=_field(data, "pos").device.type, enabled=False):
-        structures = _read(data, use_pbc=use_pbc)
-        _check_atoms(structures, max_num_elements)
-        edges = None if otf_graph else _given_edges(data, structures, use_pbc=use_pbc)
+        structures = _read(data, use_pbc=config.use_pbc)
+        _check_atoms(structures, config.max_num_elements)
+        tags = _tags(data, structures) if config.use_tags else None
+        edges = None if config.otf_graph else _given_edges(data, structures, config.use_pbc)
         if edges is None:
             _check_cells(structures)
             search = partial(
                 neighbor_list,
-                cutoff=cutoff,
-                max_neighbors=max_neighbors,
-                strict=enforce_max_neighbors_strictly,
+                cutoff=config.max_radius,
+                max_neighbors=config.max_neighbors,
+                strict=config.enforce_max_neighbors_strictly,
             )
-            if use_pbc_single:
+            if config.use_pbc_single:
                 edges = _one_by_one(search, structures)
             else:
                 edges = search(structures.pos, structures.cell, structures.pbc, structures.natoms)
             _warn_of_cut_ties(structures, edges.cut)
-        return _edge_graph(structures, edges)
+        return _edge_graph(structures, edges, tags)
 
 
-def atom_tags(data: Any, num_tags: int) -> Tensor:
-    """Tags of the batch's atoms: [N] int64.
-
-    Raises:
-        ValueError: If there are none, or one is not 0 to ``num_tags`` - 1; names the atom.
-    """
+def _tags(data: Any, structures: _Structures) -> Tensor:
+    """Tags of the batch's atoms: [N] int64."""
     tags = getattr(data, "tags", None)
     if tags is None:
         raise ValueError(
             "the batch has no field 'tags', which use_tag_embedding: True reads: for each atom"
             " 0 (bulk), 1 (surface) or 2 (adsorbate)"
         )
-    _check_shape("tags", tags, (len(_field(data, "pos")),))
+    _check_shape("tags", tags, (len(structures.pos),))
     whole = tags.long()
-    unknown = (whole != tags) | (whole < 0) | (whole >= num_tags)
+    unknown = (whole != tags) | (whole < 0) | (whole >= NUM_TAGS)
     if unknown.any():
         atom = int(unknown.nonzero()[0])
-        structures = _read(data, use_pbc=False)
         raise ValueError(
             f"{structures.atom_name(atom)}: tag {tags[atom].item()} is out of range; the embedding"
-            f" of use_tag_embedding: True has 0 to {num_tags - 1}"
+            f" of use_tag_embedding: True has 0 to {NUM_TAGS - 1}"
         )
     return whole
 
@@ -221,7 +222,7 @@ def _check_cells(structures: _Structures) -> None:
         )
 
 
-def _given_edges(data: Any, structures: _Structures, *, use_pbc: bool) -> NeighborList | None:
+def _given_edges(data: Any, structures: _Structures, use_pbc: bool) -> NeighborList | None:
     """Edges that the batch brings along; None, and a line in the log, if it has none."""
     names = ("edge_index", "cell_offsets", "neighbors") if use_pbc else ("edge_index",)
     missing = [name for name in names if getattr(data, name, None) is None]
@@ -299,7 +300,7 @@ def _warn_of_cut_ties(structures: _Structures, cut: Tensor) -> None:
     )
 
 
-def _edge_graph(structures: _Structures, edges: NeighborList) -> EdgeGraph:
+def _edge_graph(structures: _Structures, edges: NeighborList, tags: Tensor | None) -> EdgeGraph:
     source, target, image, _ = edges
     pos, cell = structures.pos, structures.cell[structures.batch[target]]
     offset = torch.bmm(image.to(cell.dtype).unsqueeze(1), cell).squeeze(1)
@@ -315,7 +316,8 @@ def _edge_graph(structures: _Structures, edges: NeighborList) -> EdgeGraph:
         distance=distance,
         atomic_numbers=structures.atomic_numbers.long(),
         batch=structures.batch,
-        num_graphs=len(structures.natoms),
+        natoms=structures.natoms,
+        tags=tags,
     )
 
 

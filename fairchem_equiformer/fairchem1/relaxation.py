@@ -10,19 +10,20 @@ relaxation they stay in place, and with them what is made of the weights alone (
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from ase.io import Trajectory
-from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.common.relaxation.optimizers import lbfgs_torch
 
 from fairchem_equiformer.ops.frozen import FrozenWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from fairchem.core.common.relaxation.ase_utils import OCPCalculator
     from fairchem.core.trainers import BaseTrainer
 
 
@@ -43,14 +44,21 @@ def averaged_weights(trainer: BaseTrainer) -> Iterator[None]:
         average.restore()
 
 
-def calculate(calculator: OCPCalculator, *arguments: Any, **options: Any) -> None:
-    """Stand in for ``OCPCalculator.calculate``, whose weights nobody trains."""
-    frozen = calculator.__dict__.setdefault("frozen_weights", FrozenWeights())
-    with frozen.of(calculator.trainer.model):
-        _calculate(calculator, *arguments, **options)
+def frozen_calculate(calculate: Callable[..., None]) -> Callable[..., None]:
+    """Make ``OCPCalculator.calculate`` work on frozen weights: nobody trains them there."""
+
+    @functools.wraps(calculate)
+    def frozen(calculator: OCPCalculator, *arguments: Any, **options: Any) -> None:
+        weights = calculator.__dict__.setdefault("frozen_weights", FrozenWeights())
+        with weights.of(calculator.trainer.model):
+            calculate(calculator, *arguments, **options)
+
+    return frozen
 
 
-_calculate = OCPCalculator.calculate
+def last_frame_lbfgs(_: type) -> type:
+    """What takes the place of fairchem-core's LBFGS."""
+    return LBFGS
 
 
 class LBFGS(lbfgs_torch.LBFGS):

@@ -21,6 +21,14 @@ import yaml
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import create_dict_from_args, load_config, merge_dicts
 
+from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem1.names import (
+    AUXILIARY_TASK_TRAINER,
+    NOISY_NODES_LMDB,
+    QM9_DATASET,
+    todays_name,
+)
+
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterator
@@ -37,28 +45,16 @@ SPLIT_READ_BY_MODE = {
 }
 # The formats that are LMDB files; of the others, only their classes know what `src` means.
 LMDB_FORMATS = frozenset(
-    {
-        "lmdb",
-        "single_point_lmdb",
-        "trajectory_lmdb",
-        "oc22_lmdb",
-        "fairchem_equiformer.data.noisy_nodes.NoisyNodesLmdb",
-    }
+    {"lmdb", "single_point_lmdb", "trajectory_lmdb", "oc22_lmdb", NOISY_NODES_LMDB}
 )
 # The formats that hand on the labels that `a2g_args` asks for, and no others.
 ASE_FORMATS = frozenset({"ase_db", "ase_read", "ase_read_multi"})
 ASE_LABELS = frozenset({"energy", "forces", "stress"})
-QM9_FORMAT = "fairchem_equiformer.data.qm9.QM9Dataset"
 LBFGS_OPTIONS = frozenset({"maxstep", "memory", "damping", "alpha", "traj_dir"})
-AUXILIARY_TASK_TRAINER = "fairchem_equiformer.trainer.AuxiliaryTaskTrainer"
 ENERGY_TRAINERS = frozenset({"equiformerv2_energy", AUXILIARY_TASK_TRAINER})
 SCHEDULE_IN_EPOCHS = ENERGY_TRAINERS | {"equiformerv2_forces"}
 # fairchem's own, by all of their names: a checkpoint holds that of the task.
 PLAIN_TRAINERS = frozenset({"ocp", "energy", "forces", "s2ef", "is2re"})
-
-
-class InputError(Exception):
-    """Input that a run cannot start with. The message is one line, written for the user."""
 
 
 def check(args: Namespace, overrides: list[str]) -> None:
@@ -145,10 +141,11 @@ def _check_sections(file: Path, config: Config) -> None:
 
 def _check_losses(file: Path, config: Config) -> None:
     """A coefficient that changes needs the trainer that changes it."""
+    trainer = todays_name(config.get("trainer"))
     for losses in config.get("loss_functions") or []:
         for target, settings in losses.items():
             coefficient = (settings or {}).get("coefficient")
-            if isinstance(coefficient, list) and config.get("trainer") != AUXILIARY_TASK_TRAINER:
+            if isinstance(coefficient, list) and trainer != AUXILIARY_TASK_TRAINER:
                 raise InputError(
                     f"{file}: loss_functions: {target}: coefficient is {coefficient}, which needs "
                     f"trainer: {AUXILIARY_TASK_TRAINER}; others take a number"
@@ -157,7 +154,7 @@ def _check_losses(file: Path, config: Config) -> None:
 
 def _check_schedule(file: Path, config: Config, mode: str) -> None:
     """The trainer knows the schedule, and its times are epochs: not so in a checkpoint's config."""
-    optim, trainer = config["optim"], config.get("trainer", "ocp")
+    optim, trainer = config["optim"], todays_name(config.get("trainer", "ocp"))
     times = optim.get("scheduler_params") or {}
     if trainer in PLAIN_TRAINERS and optim.get("scheduler") == "LambdaLR":
         raise InputError(
@@ -210,7 +207,7 @@ def _check_data(file: Path, splits: dict[str, Config], mode: str) -> None:
     for name, split in splits.items():
         key = f"dataset.{name}.src"
         hint = f"set it there or by --{key}=PATH"
-        if split.get("src") and split.get("format", "lmdb") in LMDB_FORMATS:
+        if split.get("src") and todays_name(split.get("format", "lmdb")) in LMDB_FORMATS:
             _check_lmdb(f"{file}: {key}", split["src"], hint)
         elif split.get("src") and split.get("format") == "ase_db":
             _check_ase_db(f"{file}: {key}", split["src"], hint)
@@ -279,10 +276,10 @@ def _labels(config: Config, split: Config) -> set[str]:
 def _check_qm9(file: Path, splits: dict[str, Config]) -> None:
     """QM9 is there, or is downloaded now: by one process, where there is internet access."""
     for name, split in splits.items():
-        if split.get("src") and split.get("format") == QM9_FORMAT:
+        if split.get("src") and todays_name(split.get("format")) == QM9_DATASET:
             settings = split | (split.get(f"{name}_split_settings") or {})
             try:
-                registry.get_dataset_class(QM9_FORMAT)(settings)
+                registry.get_dataset_class(QM9_DATASET)(settings)
             except (OSError, ValueError) as error:
                 raise InputError(f"{file}: dataset.{name}: {error}") from error
 
@@ -343,7 +340,7 @@ def _check_checkpoint(
     _require_file("--checkpoint", Path(path))
     if "state_dict" not in (checkpoint := _load(path)):
         raise InputError(f"--checkpoint: {path} holds no state_dict: not a checkpoint of fairchem")
-    trainer = config.get("trainer")
+    trainer = todays_name(config.get("trainer"))
     if trainer in SCHEDULE_IN_EPOCHS and not splits["train"].get("src"):
         if trainer in ENERGY_TRAINERS:
             raise InputError(

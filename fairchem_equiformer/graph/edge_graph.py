@@ -1,4 +1,4 @@
-"""The one data structure that travels from the input batch down to the ops."""
+"""The graph of a batch of structures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ class EdgeGraph:
     distance: Tensor  # [E] Angstrom
     atomic_numbers: Tensor  # [N] int64
     batch: Tensor  # [N] int64, structure of each atom
-    num_graphs: int
+    natoms: Tensor  # [B] int64, atoms of each structure
+    tags: Tensor | None = None  # [N] int64, where the model reads them
+
+    @property
+    def num_graphs(self) -> int:
+        """Number of structures in the batch, B."""
+        return self.natoms.shape[0]
 
     @property
     def num_nodes(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import collections.abc
 import sys
 import warnings
 
@@ -11,7 +9,8 @@ from fairchem.core import _cli
 from fairchem.core.common.flags import flags
 from fairchem.core.common.utils import setup_logging
 
-from fairchem_equiformer import preflight
+from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem1 import patches, preflight
 
 EXIT_BAD_INPUT = 2  # as argparse
 
@@ -37,11 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     try:
         preflight.check(args, overrides)
-    except preflight.InputError as error:
+    except InputError as error:
         print(f"fairchem: error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_BAD_INPUT
     if args.sweep_yml is not None:
-        # fairchem-core reads sweeps with a name that left `collections` in Python 3.10.
-        collections.MutableMapping = collections.abc.MutableMapping  # type: ignore[attr-defined]
+        patches.let_sweeps_be_read()
     _cli.main(args, overrides)
     return 0

@@ -1,0 +1,1 @@
+"""Datasets for fairchem's trainers, given by dotted name as `dataset.train.format`."""

@@ -1,0 +1,177 @@
+"""Everything that this package changes in fairchem-core 1.10, each with its reason.
+
+`install` makes the changes; ``FAIRCHEM_EQUIFORMER_PATCHES=off`` in the environment leaves
+fairchem-core as it is. What was there before is the attribute ``original`` of what replaced it.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fairchem.core.common.registry import registry
+from fairchem.core.trainers import OCPTrainer
+
+from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
+from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "FAIRCHEM_EQUIFORMER_PATCHES"
+
+# What fairchem-core saves as `config["trainer"]` for its own trainers of forces and energies.
+TASKS_SAVED_AS_TRAINERS = ("s2ef", "is2re")
+
+_tried: set[Path] = set()
+
+
+def import_local_file(path: Path, *, project_root: Path) -> None:
+    """Import one Python file of fairchem-core; of its models, those that can be imported.
+
+    The first file of a model brings in all of them, so that one line can name those skipped.
+
+    Args:
+        path: The file, below `project_root`.
+        project_root: The folder of the `fairchem` namespace, as fairchem-core's own function
+            of this name takes it.
+
+    Raises:
+        ImportError: If a file that belongs to no model cannot be imported.
+    """
+    models = project_root / "core" / "models"
+    if not path.is_relative_to(models):
+        importlib.import_module(_module_name(path, project_root))
+        return
+    if path in _tried:
+        return
+    skipped: dict[str, set[str]] = {}  # reason -> models
+    for file in sorted(models.rglob("*.py")):
+        _tried.add(file)
+        try:
+            importlib.import_module(_module_name(file, project_root))
+        except (ImportError, OSError) as error:  # OSError: a compiled library for another torch
+            model = file.relative_to(models).parts[0].removesuffix(".py")
+            skipped.setdefault(str(error), set()).add(model)
+    _apply(AFTER_THE_MODELS)
+    if skipped:
+        logger.info(
+            "fairchem models skipped: %s",
+            "; ".join(f"{', '.join(sorted(names))} ({why})" for why, names in skipped.items()),
+        )
+
+
+def _module_name(path: Path, project_root: Path) -> str:
+    """Dotted name of a file below the folder of the `fairchem` namespace."""
+    return ".".join((project_root.name, *path.relative_to(project_root).with_suffix("").parts))
+
+
+def _a_step_to_warm_up(original: Any) -> type:
+    class CosineLRLambda(original):
+        def __init__(self, scheduler_params: dict[str, Any]) -> None:
+            steps = max(scheduler_params["warmup_epochs"], 1)  # by now in steps
+            super().__init__({**scheduler_params, "warmup_epochs": steps})
+
+    return CosineLRLambda
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One name that is given another value.
+
+    Attributes:
+        module: that holds it.
+        name: of a function or class in it, or of a method as ``Class.method``.
+        reason: what goes wrong without.
+        replace: makes the new value of the old one.
+    """
+
+    module: str
+    name: str
+    reason: str
+    replace: Callable[[Any], Any]
+
+    def apply(self) -> None:
+        """Make the change, unless it has been made."""
+        owner: Any = importlib.import_module(self.module)
+        *path, name = self.name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        present = getattr(owner, name, None)
+        original = getattr(present, "original", present)
+        replacement = self.replace(original)
+        replacement.original = original
+        setattr(owner, name, replacement)
+
+
+PATCHES = (
+    Patch(
+        "fairchem.core.common.utils",
+        "_import_local_file",
+        "fairchem-core imports each of its models when it starts, and stops if one cannot be"
+        " imported; GemNet and others need torch-sparse, which this model does not.",
+        lambda _: import_local_file,
+    ),
+    Patch(
+        "fairchem.core.common.relaxation.ml_relaxation",
+        "LBFGS",
+        "Trajectories of run-relaxations lack the last frame of converged systems, off which"
+        " relaxed energies are read; and each step puts moving averages in place of the weights.",
+        last_frame_lbfgs,
+    ),
+    Patch(
+        "fairchem.core.common.relaxation.ase_utils",
+        "OCPCalculator.calculate",
+        "What is made of weights alone is made once, since nobody trains a calculator's weights.",
+        frozen_calculate,
+    ),
+    Patch(
+        "fairchem.core.models.base",
+        "HydraModel.no_weight_decay",
+        "hydra goes by parameter names and asks neither backbone nor heads, so that norms of"
+        " EquiformerV2 decay, which they do not in the flat model. Other backbones are not"
+        " affected.",
+        no_weight_decay_of_hydra,
+    ),
+)
+# Their modules import all of fairchem-core's EquiformerV2: slow, so not before they are needed.
+AFTER_THE_MODELS = (
+    Patch(
+        "fairchem.core.models.equiformer_v2.trainers.lr_scheduler",
+        "CosineLRLambda",
+        "The schedule divides by a warm-up that is given in epochs and rounds to no step on little"
+        " data: 0.01 epochs are none if an epoch has fewer than 100.",
+        _a_step_to_warm_up,
+    ),
+)
+
+
+def install() -> None:
+    """Make the changes in this process; idempotent, and cheap once fairchem-core is imported.
+
+    Beside `PATCHES`, the registry learns that the tasks which fairchem-core saves where it later
+    looks for a trainer mean its trainer (`OCPCalculator(checkpoint_path=...)` stops otherwise).
+    """
+    if os.environ.get(VARIABLE) == "off":
+        return
+    _apply(PATCHES)
+    for name in TASKS_SAVED_AS_TRAINERS:
+        registry.register_trainer(name)(OCPTrainer)
+
+
+def _apply(patches: tuple[Patch, ...]) -> None:
+    for patch in patches:
+        patch.apply()
+
+
+def let_sweeps_be_read() -> None:
+    """Give `collections` the name by which fairchem-core reads sweeps, gone in Python 3.10."""
+    collections.MutableMapping = collections.abc.MutableMapping  # type: ignore[attr-defined]

@@ -1,0 +1,57 @@
+"""From the graph of a batch to what all layers share of its edges."""
+
+from __future__ import annotations
+
+import torch
+
+from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.ops.edges import Edges, NodeShare, edges_per_chunk
+from fairchem_equiformer.ops.radial import EdgeScalars
+from fairchem_equiformer.ops.segments import target_chunks
+from fairchem_equiformer.so3.layout import Layout
+from fairchem_equiformer.so3.wigner import edge_rotations
+
+
+def prepare_edges(
+    graph: EdgeGraph,
+    layout: Layout,
+    channels: int,
+    dtype: torch.dtype,
+    *,
+    max_edges: int | None = None,
+    share: NodeShare | None = None,
+) -> Edges:
+    """Compute what depends on the graph alone, once for all layers.
+
+    Args:
+        graph: sorted by target.
+        layout: of the edge frame.
+        channels: of the node features, C.
+        dtype: of the features.
+        max_edges: edges per chunk; by default as many as fit the device's budget.
+        share: the atoms whose features are computed here, by default all.
+    """
+    if max_edges is None:
+        max_edges = edges_per_chunk(layout, channels, dtype, graph.vector.device)
+    rows = slice(0, graph.num_nodes) if share is None else share.rows
+    pointers = graph.target_ptr[rows.start : rows.stop + 1]
+    kept = slice(int(pointers[0]), int(pointers[-1]))
+    pointers = pointers - pointers[0]
+    source, target = graph.source[kept], graph.target[kept]
+    scalars = EdgeScalars(
+        graph.distance[kept].to(dtype), graph.atomic_numbers[source], graph.atomic_numbers[target]
+    )
+    return Edges(
+        scalars=scalars,
+        source=source,
+        target=target,
+        target_ptr=pointers,
+        layout=layout,
+        rotations=edge_rotations(graph.vector[kept], layout, dtype),
+        vector=graph.vector[kept],
+        chunks=target_chunks(pointers, max_edges, rows.start),
+        rows=rows,
+        batch=graph.batch[rows],
+        num_graphs=graph.num_graphs,
+        share=share,
+    )

@@ -1,0 +1,149 @@
+"""The part of EquiformerV2 that all outputs share: a batch of structures in, node features out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fairchem_equiformer.graph.build import NUM_TAGS, build_graph
+from fairchem_equiformer.graph.edges import prepare_edges
+from fairchem_equiformer.models.config import AVERAGE_DEGREE, AVERAGE_NUM_NODES, ModelConfig
+from fairchem_equiformer.models.load_hooks import drop_derived, explain_misfits
+from fairchem_equiformer.models.weight_decay import no_weight_decay
+from fairchem_equiformer.nn.block import TransformerBlock
+from fairchem_equiformer.nn.edge_inputs import EdgeInputs
+from fairchem_equiformer.nn.embedding import EdgeDegreeEmbedding
+from fairchem_equiformer.nn.initialization import initialize
+from fairchem_equiformer.nn.norm import NORMS
+from fairchem_equiformer.nn.radial import GaussianSmearing, LearnableGaussianSmearing
+from fairchem_equiformer.ops.allocator import keep_freed_memory
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.graph.edge_graph import EdgeGraph
+    from fairchem_equiformer.ops.edges import NodeShare
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What the backbone hands to the heads."""
+
+    # [rows, (lmax + 1)^2, C]; the rows are all atoms, or this process' share of them.
+    node_embedding: Tensor
+    graph: EdgeGraph
+    inputs: EdgeInputs
+
+
+class EquiformerV2Backbone(nn.Module):
+    """Embedding, blocks and final norm: a batch in, node features out (paper, Fig. 1a).
+
+    Args:
+        keys: those of :class:`~fairchem_equiformer.models.config.ModelConfig`.
+
+    Raises:
+        ValueError: for an unknown key or an impossible value.
+    """
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__()
+        config = ModelConfig.from_keys(keys)
+        self.config = config
+        self.otf_graph = config.otf_graph
+        self.regress_forces = config.regress_forces
+        self.num_layers = config.num_layers  # of the blocks, how many are run
+        self.average_num_nodes = config.avg_num_nodes or AVERAGE_NUM_NODES
+        if config.load_energy_lin_ref:
+            references = torch.zeros(config.max_num_elements)
+            self.energy_lin_ref = nn.Parameter(references, requires_grad=False)
+        self.sphere_embedding = nn.Embedding(config.max_num_elements, config.sphere_channels)
+        if config.use_tag_embedding:
+            self.tag_embedding = nn.Embedding(NUM_TAGS, config.sphere_channels)
+        self.distance_expansion = distance_expansion(config)
+        num_basis = self.distance_expansion.num_basis
+        self.source_embedding = self.target_embedding = None
+        if config.share_atom_edge_embedding:
+            self.source_embedding = nn.Embedding(config.max_num_elements, config.edge_channels)
+            self.target_embedding = nn.Embedding(config.max_num_elements, config.edge_channels)
+        attention = config.attention(num_basis)
+        self.edge_degree_embedding = EdgeDegreeEmbedding(
+            channels=config.sphere_channels,
+            lmax=config.lmax,
+            num_basis=num_basis,
+            edge_channels=config.edge_channels,
+            num_elements=attention.num_elements,
+            shared_embedding=attention.shared_embedding,
+            average_degree=config.avg_degree or AVERAGE_DEGREE,
+        )
+        block = config.block(num_basis)
+        self.blocks = nn.ModuleList(TransformerBlock(block) for _ in range(config.num_layers))
+        self.norm = NORMS[config.norm_type](config.lmax, config.sphere_channels)
+        initialize(self, config.weight_init)
+        explain_misfits(self, config)
+        drop_derived(self)
+
+    def forward(self, data: Any) -> Any:
+        """As :meth:`embed`."""
+        return self.embed(data)
+
+    def embed(self, data: Any) -> Embedding:
+        """Node features and what the heads need of the graph.
+
+        Args:
+            data: any object with the fields of a batch, see
+                :func:`~fairchem_equiformer.graph.build.build_graph`.
+
+        Raises:
+            ValueError: for bad input, naming the structure and the value.
+        """
+        keep_freed_memory()
+        config = self.config
+        graph = build_graph(data, config.graph(otf=self.otf_graph))
+        edges = prepare_edges(
+            graph,
+            config.layout,
+            config.sphere_channels,
+            self.sphere_embedding.weight.dtype,
+            max_edges=config.edges_per_chunk,
+            share=self.node_share(graph),
+        )
+        inputs = EdgeInputs(
+            edges, self.distance_expansion.basis(), self.source_embedding, self.target_embedding
+        )
+        x = self.edge_degree_embedding(inputs)
+        atoms = self.sphere_embedding(edges.rows_of(graph.atomic_numbers))
+        if graph.tags is not None:
+            atoms = atoms + self.tag_embedding(edges.rows_of(graph.tags))
+        x = torch.cat([x[:, :1] + atoms[:, None], x[:, 1:]], dim=1)
+        for block in self.blocks[: self.num_layers]:
+            if config.activation_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, inputs, use_reentrant=False)
+            else:
+                x = block(x, inputs)
+        return Embedding(self.norm(x), graph, inputs)
+
+    def node_share(self, graph: EdgeGraph) -> NodeShare | None:  # noqa: ARG002
+        """The atoms whose features this process computes; None for all.
+
+        A framework that spreads the atoms of a batch over processes overrides this.
+        """
+        return None
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, trainable or not."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves alone."""
+        return no_weight_decay(self)
+
+
+def distance_expansion(config: ModelConfig) -> GaussianSmearing | LearnableGaussianSmearing:
+    """The radial basis that the config asks for."""
+    if config.distance_function == "learnable_gaussian":
+        return LearnableGaussianSmearing(config.max_radius, config.num_distance_basis)
+    return GaussianSmearing(config.max_radius)

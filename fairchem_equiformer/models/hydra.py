@@ -1,0 +1,36 @@
+"""A backbone with heads by name: the form of the materials models, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fairchem_equiformer.models.backbone import EquiformerV2Backbone
+
+
+class EquiformerV2Hydra(nn.Module):
+    """The model that fairchem-core 1.10's ``hydra`` builds; parameters have the same names.
+
+    Args:
+        backbone: config keys of the backbone.
+        heads: class and config keys of each head, by its name. As in fairchem, heads are made and
+            stored in the order of their names.
+    """
+
+    def __init__(
+        self, backbone: dict[str, Any], heads: dict[str, tuple[type[nn.Module], dict[str, Any]]]
+    ) -> None:
+        super().__init__()
+        self.backbone = EquiformerV2Backbone(**backbone)
+        self.output_heads = nn.ModuleDict(
+            {name: head(self.backbone, **keys) for name, (head, keys) in sorted(heads.items())}
+        )
+
+    def forward(self, data: Any) -> dict[str, Tensor]:
+        """Predict, in the normalised units of training: the outputs of all heads, by their keys."""
+        embedding = self.backbone.embed(data)
+        outputs: dict[str, Tensor] = {}
+        for head in self.output_heads.values():
+            outputs |= head(data, embedding)
+        return outputs
