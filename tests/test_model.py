@@ -75,6 +75,11 @@ class TestDeterminism:
         model, data = ours(**changes), three_slabs()
         assert_same_bits(predict(model, data), predict(model, data))
 
+    @EVERY_ACTIVATION
+    def test_gradients_or_none_give_the_same_bits(self, changes):
+        model, data = ours(**changes), three_slabs()
+        assert_same_bits(model(data.clone()), predict(model, data))
+
     def test_the_same_seed_gives_the_same_training_step(self):
         model, data = ours(alpha_drop=0.2, drop_path_rate=0.2, proj_drop=0.2), three_slabs()
         outs = []
