@@ -58,10 +58,13 @@ def _poisoned_memory():
         def fresh(*args, **kwargs):
             tensor = make(*args, **kwargs)
             if tensor.dtype == torch.bool:
-                return tensor.fill_(True)
-            if tensor.is_floating_point():
-                return tensor.fill_(torch.nan)
-            return tensor.fill_(torch.iinfo(tensor.dtype).max)
+                poison = True
+            elif tensor.is_floating_point():
+                poison = torch.nan
+            else:
+                poison = torch.iinfo(tensor.dtype).max
+            with torch.no_grad():  # it may be a leaf that asks for a gradient
+                return tensor.fill_(poison)
 
         return fresh
 
