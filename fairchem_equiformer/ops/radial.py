@@ -148,30 +148,20 @@ def _leaves(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.detach().requires_grad_() for t in tensors]
 
 
-def _gaussian_kernels(
-    edges: EdgeScalars, matrix: Tensor, basis: GaussianBasis
-) -> GaussianKernels | None:
-    return gaussian_kernels(
-        edges.distance, matrix, basis.centers, basis.coefficient, _LEAST_EXPONENT
-    )
-
-
 class _FirstLayer(torch.autograd.Function):
     """With the compiled kernels."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        kernels: GaussianKernels,
         edges: EdgeScalars,
-        basis: GaussianBasis,
         matrix: Tensor,
         bias: Tensor,
         *tables: Tensor,
     ) -> Tensor:
-        ctx.edges, ctx.basis = edges, basis
-        ctx.save_for_backward(matrix, *tables)
-        kernels = _gaussian_kernels(edges, matrix, basis)
-        assert kernels is not None  # noqa: S101  # _first_layer has asked
+        ctx.kernels, ctx.edges = kernels, edges
+        ctx.save_for_backward(*tables)
         return kernels.forward(
             edges.distance, matrix, bias, list(zip(tables, edges.elements, strict=False))
         )
@@ -179,22 +169,25 @@ class _FirstLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        matrix, *tables = ctx.saved_tensors
-        edges, basis = ctx.edges, ctx.basis
-        kernels = _gaussian_kernels(edges, matrix, basis)
-        assert kernels is not None  # noqa: S101
+        edges = ctx.edges
         found = [
             torch.zeros_like(table).index_add_(0, element, grad)
-            for table, element in zip(tables, edges.elements, strict=False)
+            for table, element in zip(ctx.saved_tensors, edges.elements, strict=False)
         ]
-        return None, None, kernels.backward(edges.distance, grad), grad.sum(0), *found
+        return None, None, ctx.kernels.backward(edges.distance, grad), grad.sum(0), *found
 
 
 def _first_layer(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> Tensor:
     """Weights times (Gaussians, source and target embedding), plus bias: [E, H]."""
     looked_up = [table for table in (tables.source, tables.target) if table is not None]
-    if isinstance(basis, GaussianBasis) and _gaussian_kernels(edges, tables.gaussians, basis):
-        out: Tensor = _FirstLayer.apply(edges, basis, tables.gaussians, tables.bias_1, *looked_up)
+    weights = tables.gaussians, tables.bias_1, *looked_up
+    kernels = None
+    if isinstance(basis, GaussianBasis):
+        kernels = gaussian_kernels(
+            edges.distance, basis.centers, basis.coefficient, _LEAST_EXPONENT, *weights
+        )
+    if kernels is not None:
+        out: Tensor = _FirstLayer.apply(kernels, edges, *weights)
         return out
     hidden = gaussians(edges.distance, basis) @ tables.gaussians
     for table, element in zip(looked_up, edges.elements, strict=False):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native.interface import LogitsStruct, NormStruct
+from fairchem_equiformer.ops.native.interface import Floats, LogitsStruct, NormStruct
 from fairchem_equiformer.ops.native.loader import fits, usable
 
 
@@ -21,9 +21,8 @@ class LogitKernels:
         self._kernels = kernels
         self._tensors = (*(norm or ()), dot.contiguous())  # must outlive the pointers
         self.shape = dot.shape
-        addresses = (t.data_ptr() for t in norm or ())
-        norm_struct = NormStruct(*addresses, epsilon=epsilon)
-        self.struct = LogitsStruct(norm_struct, self._tensors[-1].data_ptr(), *dot.shape)
+        norm_struct = NormStruct(*map(Floats.of, norm or ()), epsilon=epsilon)
+        self.struct = LogitsStruct(norm_struct, Floats.of(self._tensors[-1]), *dot.shape)
 
     def forward(self, scalars: Tensor) -> Tensor:
         """Logits [E, heads]."""

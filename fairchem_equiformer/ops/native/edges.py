@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native.interface import RowsStruct
+from fairchem_equiformer.ops.native.interface import Indices, RowsStruct
 from fairchem_equiformer.ops.native.loader import fits, usable
 from fairchem_equiformer.so3.layout import Layout
 
@@ -35,7 +35,7 @@ def _rows(edge_layout: Layout, layout: Layout, *, by_degree: bool = False) -> _R
         table.append((row, degree, entries[degree, m], weight))
     columns = torch.tensor(sorted(table, key=lambda entry: (entry[1], entry[0]))).t().contiguous()
     counts = (layout.num_rows, layout.num_coefficients, sum(sizes), num_weights, layout.lmin)
-    return _Rows(columns, RowsStruct(*(column.data_ptr() for column in columns), *counts))
+    return _Rows(columns, RowsStruct(*map(Indices.of, columns), *counts))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native.interface import GridStruct
+from fairchem_equiformer.ops.native.interface import Floats, GridStruct, Indices
 from fairchem_equiformer.ops.native.loader import fits, usable
 from fairchem_equiformer.so3.grid import Grid
 
@@ -29,7 +29,9 @@ class GridKernels:
         longitudes, orders = grid.factors.longitude.shape
         rows_out = grid.factors.latitude_out.shape[1]
         sizes = (latitudes, longitudes, orders, rows_in, rows_out)
-        self.struct = GridStruct(*(t.data_ptr() for t in grid.factors), *sizes)
+        *factors, order_in, order_out = grid.factors
+        orders_of_rows = Indices.of(order_in), Indices.of(order_out)
+        self.struct = GridStruct(*map(Floats.of, factors), *orders_of_rows, *sizes)
 
     def _call(self, name: str, x: Tensor, *arguments: Any) -> None:
         end = len(x), x.shape[2], torch.get_num_threads()

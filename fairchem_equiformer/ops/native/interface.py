@@ -14,21 +14,30 @@ import torch
 from torch import Tensor
 
 
-class _Floats:
-    """Argument ``float*``, from a tensor that must outlive the call."""
+class Floats:
+    """``float*``, from a tensor that must outlive the call."""
 
     dtype: ClassVar[torch.dtype] = torch.float32
 
     @classmethod
-    def from_param(cls, tensor: Tensor) -> c_void_p:
-        """Address of the numbers."""
+    def of(cls, tensor: Tensor) -> int:
+        """Address of the numbers, for a field of a struct.
+
+        Raises:
+            TypeError: if the tensor holds others.
+        """
         if tensor.dtype != cls.dtype:
             raise TypeError(f"a tensor of {tensor.dtype} where {cls.dtype} is needed")
-        return c_void_p(tensor.data_ptr())
+        return tensor.data_ptr()
+
+    @classmethod
+    def from_param(cls, tensor: Tensor) -> c_void_p:
+        """Address of the numbers, for an argument: ctypes calls this."""
+        return c_void_p(cls.of(tensor))
 
 
-class _Indices(_Floats):
-    """Argument ``const int64_t*``, likewise."""
+class Indices(Floats):
+    """``const int64_t*``, likewise."""
 
     dtype = torch.int64
 
@@ -101,7 +110,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Tables": TablesStruct,
 }
 
-_F, _I, _N, _THREADS = _Floats, _Indices, c_int64, c_int
+_F, _I, _N, _THREADS = Floats, Indices, c_int64, c_int
 _NORM, _LOGITS, _ROWS = POINTER(NormStruct), POINTER(LogitsStruct), POINTER(RowsStruct)
 _GRID, _GAUSSIANS, _TABLES = POINTER(GridStruct), POINTER(GaussiansStruct), POINTER(TablesStruct)
 

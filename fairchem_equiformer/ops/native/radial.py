@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native.interface import GaussiansStruct, NormStruct, TablesStruct
+from fairchem_equiformer.ops.native.interface import (
+    Floats,
+    GaussiansStruct,
+    Indices,
+    NormStruct,
+    TablesStruct,
+)
 from fairchem_equiformer.ops.native.loader import fits, usable
 
 
@@ -27,7 +33,7 @@ class GaussianKernels:
         reach = math.sqrt(least_exponent / coefficient)
         window = min(count, math.ceil(2 * reach / spacing) + 2)
         sizes = (count, window, spacing, coefficient, reach)
-        self.struct = GaussiansStruct(self._centers.data_ptr(), *sizes)
+        self.struct = GaussiansStruct(Floats.of(self._centers), *sizes)
 
     def forward(
         self,
@@ -49,9 +55,9 @@ class GaussianKernels:
         """
         distance, matrix, bias = distance.contiguous(), matrix.contiguous(), bias.contiguous()
         lookups = [(table.contiguous(), index.contiguous()) for table, index in lookups]
-        tables = TablesStruct(bias.data_ptr(), count=len(lookups))
+        tables = TablesStruct(Floats.of(bias), count=len(lookups))
         for i, (table, index) in enumerate(lookups):
-            tables.rows[i], tables.index[i] = table.data_ptr(), index.data_ptr()
+            tables.rows[i], tables.index[i] = Floats.of(table), Indices.of(index)
         out = matrix.new_empty(len(distance), matrix.shape[1])
         self._kernels.gaussians_times(
             self.struct,
@@ -82,10 +88,19 @@ class GaussianKernels:
 
 
 def gaussian_kernels(
-    distance: Tensor, matrix: Tensor, centers: Tensor, coefficient: float, least_exponent: float
+    distance: Tensor,
+    centers: Tensor,
+    coefficient: float,
+    least_exponent: float,
+    matrix: Tensor,
+    *terms: Tensor,
 ) -> GaussianKernels | None:
-    """Kernels for Gaussians that are nothing below an exponent; None where the reference runs."""
-    kernels = usable(distance, centers, matrix)
+    """Kernels for Gaussians that are negligible below an exponent; None where the reference runs.
+
+    Args:
+        terms: bias and tables, which are added to the product with the matrix.
+    """
+    kernels = usable(distance, centers, matrix, *terms)
     if kernels is None or len(centers) < 2:  # no spacing
         return None
     found = GaussianKernels(kernels, centers, coefficient, least_exponent)
@@ -103,11 +118,9 @@ class NormSiLUKernels:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """[B, C]."""
-        x, norm = x.contiguous(), NormStruct(weight.data_ptr(), bias.data_ptr(), self.epsilon)
+        x, norm = x.contiguous(), self._norm(weight, bias)
         out = torch.empty_like(x)
-        self.kernels.layer_norm_silu(
-            norm, x.shape[1], x, out, len(x), torch.get_num_threads()
-        )
+        self.kernels.layer_norm_silu(norm, x.shape[1], x, out, len(x), torch.get_num_threads())
         return out
 
     def backward(
@@ -115,7 +128,7 @@ class NormSiLUKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, weight and bias."""
         x, grad = x.contiguous(), grad.contiguous()
-        norm = NormStruct(weight.data_ptr(), bias.data_ptr(), self.epsilon)
+        norm = self._norm(weight, bias)
         blocks = -(-len(x) // self.kernels.norm_block())
         x_grad, sums = torch.empty_like(x), x.new_zeros(blocks, 2, x.shape[1])
         self.kernels.layer_norm_silu_backward(
@@ -123,6 +136,9 @@ class NormSiLUKernels:
         )
         weight_grad, bias_grad = sums.sum(0)
         return x_grad, weight_grad, bias_grad
+
+    def _norm(self, weight: Tensor, bias: Tensor) -> NormStruct:
+        return NormStruct(Floats.of(weight), Floats.of(bias), self.epsilon)
 
 
 def norm_silu_kernels(
