@@ -16,24 +16,35 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch_geometric.data import Batch
 
+# Widths that every compiled kernel takes.
 KEYS: dict[str, Any] = {
     "max_neighbors": 12,
     "max_radius": 6.0,
     "num_layers": 2,
     "sphere_channels": 16,
-    "attn_hidden_channels": 8,
+    "attn_hidden_channels": 16,
     "num_heads": 2,
-    "attn_alpha_channels": 8,
-    "attn_value_channels": 4,
-    "ffn_hidden_channels": 12,
+    "attn_alpha_channels": 16,
+    "attn_value_channels": 16,
+    "ffn_hidden_channels": 32,
     "norm_type": "layer_norm_sh",
     "lmax_list": [3],
     "mmax_list": [2],
     "grid_resolution": 12,
-    "edge_channels": 10,
+    "edge_channels": 16,
     "use_grid_mlp": True,
     "alpha_drop": 0.0,
     "drop_path_rate": 0.0,
+}
+
+# Widths that only the softmax's takes; the other ops run in PyTorch.
+NARROW = {
+    "sphere_channels": 12,
+    "attn_hidden_channels": 8,
+    "attn_alpha_channels": 8,
+    "attn_value_channels": 4,
+    "ffn_hidden_channels": 12,
+    "edge_channels": 10,
 }
 
 

@@ -446,8 +446,8 @@ def test_signatures_are_those_of_the_sources():
         ctypes.c_int: "int",
         ctypes.c_char_p: "const char*",
         None: "void",
-        interface._Indices: "int64_t*",
-        interface._Floats: "float*",
+        interface.Indices: "int64_t*",
+        interface.Floats: "float*",
         **{ctypes.POINTER(struct): f"{name}*" for name, struct in interface.STRUCTS.items()},
     }
     declared = {

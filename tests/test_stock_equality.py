@@ -14,7 +14,8 @@ import torch
 from fairchem.core.datasets import data_list_collater
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from tests.models import KEYS, fix_roll, ours, relative_error, results, stock
+from tests.kernels import called_kernels, with_backward
+from tests.models import KEYS, NARROW, fix_roll, ours, relative_error, results, stock
 from tests.structures import batch_of, single_atom, slab, slab_atoms, three_slabs
 
 OUTPUT_TOLERANCE = 1e-5
@@ -97,22 +98,47 @@ def pair(**changes: Any):
 
 
 def assert_same(theirs, own, data, slack=1.0) -> None:
-    """Outputs and gradients of two models on one batch."""
-    (expected, reference), (got, gradients) = results(theirs, data), results(own, data)
+    """Outputs and gradients of two models on one batch; ours may be on a GPU."""
+    expected, reference = results(theirs, data)
+    got, gradients = results(own, data.clone().to(next(own.parameters()).device))
     assert got.keys() == expected.keys()
     assert gradients.keys() == reference.keys()
     for key, value in expected.items():
-        assert relative_error(got[key], value) < slack * OUTPUT_TOLERANCE, key
+        assert relative_error(got[key].cpu(), value) < slack * OUTPUT_TOLERANCE, key
     for name, value in reference.items():
         if value is None:  # fairchem's answer for a parameter without influence
             assert not gradients[name].any(), name
         else:
-            assert relative_error(gradients[name], value) < slack * GRADIENT_TOLERANCE, name
+            error = relative_error(gradients[name].cpu(), value)
+            assert error < slack * GRADIENT_TOLERANCE, name
+
+
+def kernels_of(**changes: Any) -> set[str]:
+    """All that a training step with the widths of KEYS calls."""
+    keys = {**KEYS, **changes}
+    names = ["edge_message", "edge_aggregate", "edge_softmax", "attention_logits"]
+    names += ["gaussians_times", "layer_norm_silu"]
+    if not keys.get("use_gate_act"):
+        names.append("s2_activation")
+    if keys["use_grid_mlp"]:
+        names += ["silu_samples", "integrate_silu"]
+    return with_backward(*names)
 
 
 @pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
-def test_option(changes):
-    assert_same(*pair(**changes), three_slabs())
+def test_option_by_compiled_kernels(changes):
+    models = pair(**changes)
+    with called_kernels() as called:
+        assert_same(*models, three_slabs())
+    assert called == kernels_of(**changes)
+
+
+@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+def test_option_in_pytorch(changes):
+    models = pair(**{**NARROW, "num_layers": 1, **changes})
+    with called_kernels() as called:
+        assert_same(*models, three_slabs())
+    assert called == with_backward("edge_softmax")
 
 
 @pytest.mark.parametrize(("lmax", "mmax"), DEGREES)
@@ -128,7 +154,8 @@ def test_degrees(lmax, mmax):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_options_together(seed):
-    assert_same(*pair(**random_options(seed)), three_slabs())
+    widths = {} if seed % 2 else NARROW
+    assert_same(*pair(**widths, **random_options(seed)), three_slabs())
 
 
 def test_given_edges():
@@ -218,10 +245,4 @@ def test_published_size():
 @pytest.mark.parametrize("name", ["base", "gate", "S2", "shared element embedding"])
 def test_option_on_gpu(name):
     theirs, own = pair(**OPTIONS[name])
-    data = three_slabs()
-    expected, reference = results(theirs, data)
-    got, gradients = results(own.cuda(), data.clone().to("cuda"))
-    for key, value in expected.items():
-        assert relative_error(got[key].cpu(), value) < OUTPUT_TOLERANCE, key
-    for key, value in reference.items():
-        assert relative_error(gradients[key].cpu(), value) < GRADIENT_TOLERANCE, key
+    assert_same(theirs, own.cuda(), three_slabs())
