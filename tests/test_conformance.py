@@ -17,28 +17,14 @@ from fairchem_equiformer.ops.native import loader
 from tests.conformance import Conformance
 from tests.models import KEYS, scatter_weights
 
-# Widths that every compiled kernel takes.
-WIDE: dict[str, Any] = {
-    "attn_hidden_channels": 16,
-    "attn_alpha_channels": 16,
-    "attn_value_channels": 16,
-    "ffn_hidden_channels": 16,
-    "edge_channels": 16,
-}
-
 
 class TestFlat(Conformance):
     def build(self, **changes: Any) -> EquiformerV2:
         return scatter_weights(EquiformerV2(**{**KEYS, **changes}))
 
 
-class TestFlatInKernels(Conformance):
-    def build(self, **changes: Any) -> EquiformerV2:
-        return scatter_weights(EquiformerV2(**{**KEYS, **WIDE, **changes}))
-
-
-class TestFlatInPyTorch(TestFlatInKernels):
-    """The same widths without compiled kernels, as where there is no compiler."""
+class TestFlatInPyTorch(TestFlat):
+    """Without compiled kernels, as where there is no compiler."""
 
     @pytest.fixture(autouse=True)
     def _no_kernels(self, monkeypatch):

@@ -57,6 +57,10 @@ class ModelConfig:
     distance function, ``num_distance_basis`` do nothing, here as there: the model has SiLU and 600
     Gaussians. They are accepted so that configs of ``equiformer_v2`` work unchanged.
 
+    On a CPU the compiled kernels need widths that are multiples of 16: ``sphere_channels``,
+    ``attn_hidden_channels``, ``attn_value_channels``, ``ffn_hidden_channels``; 16, 32 or 64 for
+    ``attn_alpha_channels`` and these or 128 for ``edge_channels``. Other widths are slower.
+
     Raises:
         ValueError: for a value the model cannot be built with; the message names the key.
     """
