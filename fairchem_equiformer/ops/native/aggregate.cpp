@@ -96,13 +96,10 @@ FOR_EVERY_CPU void aggregate_nodes(const Rows& rows, const float* rotations, con
   const int64_t channels = heads * value_channels;
   for (int64_t n = first; n < last; n++) {
     float* to = out + n * rows.coefficients * channels;
-    int64_t c = 0;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES)
-      aggregate<4>(rows, rotations, values, alpha, heads, value_channels, c, rescale, to, edges[n],
-                   edges[n + 1]);
-    for (; c < channels; c += LANES)
-      aggregate<1>(rows, rotations, values, alpha, heads, value_channels, c, rescale, to, edges[n],
-                   edges[n + 1]);
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      aggregate<vectors>(rows, rotations, values, alpha, heads, value_channels, c, rescale, to,
+                         edges[n], edges[n + 1]);
+    });
   }
 }
 
@@ -116,13 +113,10 @@ FOR_EVERY_CPU void aggregate_edges_backward(const Rows& rows, const float* rotat
     const float* rotation = rotations + e * rows.entries;
     const float* from = grad + target[e] * rows.coefficients * channels;
     const int64_t at = e * rows.rows * channels;
-    int64_t c = 0;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES)
-      aggregate_backward<4>(rows, rotation, from, values + at, alpha + e * heads, heads,
-                            value_channels, c, values_grad + at, alpha_grad + e * heads);
-    for (; c < channels; c += LANES)
-      aggregate_backward<1>(rows, rotation, from, values + at, alpha + e * heads, heads,
-                            value_channels, c, values_grad + at, alpha_grad + e * heads);
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      aggregate_backward<vectors>(rows, rotation, from, values + at, alpha + e * heads, heads,
+                                  value_channels, c, values_grad + at, alpha_grad + e * heads);
+    });
   }
 }
 

@@ -79,27 +79,18 @@ INLINE void logits_backward_of(const Logits& logits, const float* scalars, int64
 
 FOR_EVERY_CPU void some_logits(const Logits& logits, const float* scalars, int64_t stride,
                                float* out, int64_t first, int64_t last) {
-  switch (logits.channels / LANES) {
-    case 1: return logits_of<1>(logits, scalars, stride, out, first, last);
-    case 2: return logits_of<2>(logits, scalars, stride, out, first, last);
-    case 4: return logits_of<4>(logits, scalars, stride, out, first, last);
-  }
+  for_width<1, 2, 4>(logits.channels, [&](auto vectors) INLINED {
+    logits_of<vectors>(logits, scalars, stride, out, first, last);
+  });
 }
 
 FOR_EVERY_CPU void some_logits_backward(const Logits& logits, const float* scalars, int64_t stride,
                                         const float* grad, float* scalars_grad, float* sums,
                                         int64_t edges, int64_t first, int64_t last) {
-  switch (logits.channels / LANES) {
-    case 1:
-      return logits_backward_of<1>(logits, scalars, stride, grad, scalars_grad, sums, edges, first,
-                                   last);
-    case 2:
-      return logits_backward_of<2>(logits, scalars, stride, grad, scalars_grad, sums, edges, first,
-                                   last);
-    case 4:
-      return logits_backward_of<4>(logits, scalars, stride, grad, scalars_grad, sums, edges, first,
-                                   last);
-  }
+  for_width<1, 2, 4>(logits.channels, [&](auto vectors) INLINED {
+    logits_backward_of<vectors>(logits, scalars, stride, grad, scalars_grad, sums, edges, first,
+                                last);
+  });
 }
 
 }  // namespace
@@ -110,8 +101,7 @@ int64_t sizeof_Logits() { return sizeof(Logits); }
 
 // Null, or what such sizes do not fit.
 const char* logits_misfit(int64_t channels) {
-  const bool fits = channels == LANES || channels == 2 * LANES || channels == 4 * LANES;
-  return fits ? nullptr : "their number is not 16, 32 or 64";
+  return is_width<1, 2, 4>(channels) ? nullptr : "their number is not 16, 32 or 64";
 }
 
 // scalars [edges, heads channels], each edge dense, to out [edges, heads].

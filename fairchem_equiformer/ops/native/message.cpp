@@ -80,11 +80,9 @@ FOR_EVERY_CPU void messages(const Rows& rows, const float* rotations, const floa
       const float* features = x + ends[end][e] * rows.coefficients * channels;
       const float* weights = radial + (e * rows.weights * 2 + end) * channels;
       float* to = out + (e * rows.rows * 2 + end) * channels;
-      int64_t c = 0;
-      for (; c + 4 * LANES <= channels; c += 4 * LANES)
-        message<4>(rows, rotation, features + c, channels, weights + c, to + c);
-      for (; c < channels; c += LANES)
-        message<1>(rows, rotation, features + c, channels, weights + c, to + c);
+      for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+        message<vectors>(rows, rotation, features + c, channels, weights + c, to + c);
+      });
     }
 }
 
@@ -99,13 +97,10 @@ FOR_EVERY_CPU void messages_backward(const Rows& rows, const float* rotations, c
       const int64_t weights = (e * rows.weights * 2 + end) * channels;
       const float* from = grad + (e * rows.rows * 2 + end) * channels;
       float* to = x_grads[end] + e * rows.coefficients * channels;
-      int64_t c = 0;
-      for (; c + 4 * LANES <= channels; c += 4 * LANES)
-        message_backward<4>(rows, rotation, features + c, channels, radial + weights + c, from + c,
-                            radial_grad + weights + c, to + c);
-      for (; c < channels; c += LANES)
-        message_backward<1>(rows, rotation, features + c, channels, radial + weights + c, from + c,
-                            radial_grad + weights + c, to + c);
+      for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+        message_backward<vectors>(rows, rotation, features + c, channels, radial + weights + c,
+                                  from + c, radial_grad + weights + c, to + c);
+      });
     }
 }
 

@@ -5,6 +5,18 @@
 
 #include "simd.h"
 
+// Whether channels are as many whole vectors as one of Vs.
+template <int... Vs>
+constexpr bool is_width(int64_t channels) {
+  return ((channels == Vs * LANES) || ...);
+}
+
+// Calls work(V) for the V among Vs that the channels are vectors.
+template <int... Vs, typename Work>
+INLINE void for_width(int64_t channels, const Work& work) {
+  ((channels == Vs * LANES ? work(Vectors<Vs>{}) : void()), ...);
+}
+
 template <int V>
 INLINE void load_all(const float* from, Vec (&to)[V]) {
   for (int v = 0; v < V; v++) load(from + v * LANES, to[v]);

@@ -1,5 +1,5 @@
-// The radial function but for its later matrix products; ops/radial.py says what. Of the Gaussians
-// of a distance, of which there are 600, those that are nothing, all but 37, are left out.
+// The radial function but for its later matrix products; ops/radial.py says what. Of the 600
+// Gaussians of a distance, the 37 or so that are not negligible are added up.
 
 #include <cstring>
 
@@ -16,9 +16,9 @@ extern "C" {
 
 struct Gaussians {
   const float* centers;  // [count], at equal spacing
-  int64_t count, window;  // at most `window` are something at a time
+  int64_t count, window;       // at most `window` of them count at one distance
   float spacing, coefficient;  // of (d - center)^2 in the exponent
-  float reach;  // beyond it a Gaussian is nothing
+  float reach;                 // from its center, beyond which a Gaussian is negligible
 };
 
 // Terms looked up by an edge's source and target elements.
@@ -68,7 +68,7 @@ INLINE void evaluate(const Gaussians& basis, float distance, Window& found) {
   }
 }
 
-// `out` has the terms that are no Gaussian's.
+// Adds to `out`, which has the terms that come of no Gaussian.
 template <int V>
 INLINE void sum_rows(const Window& window, const float* matrix, int64_t width, float* out) {
   Vec sum[V];
@@ -106,10 +106,9 @@ FOR_EVERY_CPU void products(const Gaussians& basis, const float* distance, const
       for (int i = 0; i < tables.count; i++) sum += tables.rows[i][tables.index[i][e] * width + c];
       out[e * width + c] = sum;
     }
-    int64_t c = 0;
-    for (; c + 8 * LANES <= width; c += 8 * LANES)
-      sum_rows<8>(window, matrix + c, width, out + e * width + c);
-    for (; c < width; c += LANES) sum_rows<1>(window, matrix + c, width, out + e * width + c);
+    for_vectors<8>(0, width, [&](auto vectors, int64_t c) INLINED {
+      sum_rows<vectors>(window, matrix + c, width, out + e * width + c);
+    });
   }
 }
 
@@ -121,11 +120,9 @@ FOR_EVERY_CPU void products_backward(const Gaussians& basis, const float* distan
     Window window;
     evaluate(basis, distance[e], window);
     do {
-      int64_t c = first * LANES;
-      for (; c + 4 * LANES <= last * LANES; c += 4 * LANES)
-        add_to_rows<4>(window, grad + e * width + c, width, matrix_grad + c);
-      for (; c < last * LANES; c += LANES)
-        add_to_rows<1>(window, grad + e * width + c, width, matrix_grad + c);
+      for_vectors<4>(first * LANES, last * LANES, [&](auto vectors, int64_t c) INLINED {
+        add_to_rows<vectors>(window, grad + e * width + c, width, matrix_grad + c);
+      });
     } while (is_nan(distance[e]) && ++window.first < basis.count);
   }
 }
@@ -161,23 +158,17 @@ INLINE void norm_silu_backward(const Norm& norm, const float* x, const float* gr
 
 FOR_EVERY_CPU void some_norm_silu(const Norm& norm, int64_t channels, const float* x, float* out,
                                   int64_t first, int64_t last) {
-  switch (channels / LANES) {
-    case 1: return norm_silu<1>(norm, x, out, first, last);
-    case 2: return norm_silu<2>(norm, x, out, first, last);
-    case 4: return norm_silu<4>(norm, x, out, first, last);
-    case 8: return norm_silu<8>(norm, x, out, first, last);
-  }
+  for_width<1, 2, 4, 8>(channels, [&](auto vectors) INLINED {
+    norm_silu<vectors>(norm, x, out, first, last);
+  });
 }
 
 FOR_EVERY_CPU void some_norm_silu_backward(const Norm& norm, int64_t channels, const float* x,
                                            const float* grad, float* x_grad, float* sums,
                                            int64_t first, int64_t last) {
-  switch (channels / LANES) {
-    case 1: return norm_silu_backward<1>(norm, x, grad, x_grad, sums, first, last);
-    case 2: return norm_silu_backward<2>(norm, x, grad, x_grad, sums, first, last);
-    case 4: return norm_silu_backward<4>(norm, x, grad, x_grad, sums, first, last);
-    case 8: return norm_silu_backward<8>(norm, x, grad, x_grad, sums, first, last);
-  }
+  for_width<1, 2, 4, 8>(channels, [&](auto vectors) INLINED {
+    norm_silu_backward<vectors>(norm, x, grad, x_grad, sums, first, last);
+  });
 }
 
 }  // namespace
@@ -214,9 +205,7 @@ int64_t sizeof_Norm() { return sizeof(Norm); }
 
 // Null, or what such sizes do not fit.
 const char* norm_misfit(int64_t channels) {
-  const bool fits = channels == LANES || channels == 2 * LANES || channels == 4 * LANES ||
-                    channels == 8 * LANES;
-  return fits ? nullptr : "their number is not 16, 32, 64 or 128";
+  return is_width<1, 2, 4, 8>(channels) ? nullptr : "their number is not 16, 32, 64 or 128";
 }
 
 // SiLU of the layer norm of x [items, channels].

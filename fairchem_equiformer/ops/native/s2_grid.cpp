@@ -243,16 +243,16 @@ INLINE void integrate_backward(const Grid& grid, const float* samples, const flo
   }
 }
 
-// Items from `first` to `last`, four vectors of channels at a time, then one.
+// Items from `first` to `last`.
 FOR_EVERY_CPU void activate_items(const Grid& grid, const float* x, int64_t x_stride, float* y,
                                   int64_t y_stride, int64_t channels, int64_t first,
                                   int64_t last) {
   for (int64_t i = first; i < last; i++) {
-    int64_t c = 0;
     const float* from = x + i * x_stride;
     float* to = y + i * y_stride;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES) activate<4>(grid, from + c, to + c, channels);
-    for (; c < channels; c += LANES) activate<1>(grid, from + c, to + c, channels);
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      activate<vectors>(grid, from + c, to + c, channels);
+    });
   }
 }
 
@@ -260,35 +260,33 @@ FOR_EVERY_CPU void activate_items_backward(const Grid& grid, const float* x, int
                                            const float* y_grad, int64_t grad_stride, float* x_grad,
                                            int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
-    int64_t c = 0;
     const float *at = x + i * x_stride, *from = y_grad + i * grad_stride;
     float* to = x_grad + i * grid.rows_in * channels;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES)
-      activate_backward<4>(grid, at + c, from + c, to + c, channels);
-    for (; c < channels; c += LANES) activate_backward<1>(grid, at + c, from + c, to + c, channels);
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      activate_backward<vectors>(grid, at + c, from + c, to + c, channels);
+    });
   }
 }
 
 FOR_EVERY_CPU void sample_items(const Grid& grid, const float* x, int64_t x_stride, float* samples,
                                 int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
-    int64_t c = 0;
     const float* from = x + i * x_stride;
     float* to = samples + i * grid.latitudes * grid.longitudes * channels;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES) sample<4>(grid, from + c, to + c, channels);
-    for (; c < channels; c += LANES) sample<1>(grid, from + c, to + c, channels);
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      sample<vectors>(grid, from + c, to + c, channels);
+    });
   }
 }
 
 FOR_EVERY_CPU void integrate_items(const Grid& grid, const float* samples, float* y,
                                    int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
-    int64_t c = 0;
     const float* from = samples + i * grid.latitudes * grid.longitudes * channels;
     float* to = y + i * grid.rows_out * channels;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES)
-      integrate<4>(grid, from + c, to + c, channels);
-    for (; c < channels; c += LANES) integrate<1>(grid, from + c, to + c, channels);
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      integrate<vectors>(grid, from + c, to + c, channels);
+    });
   }
 }
 
@@ -296,13 +294,12 @@ FOR_EVERY_CPU void sample_items_backward(const Grid& grid, const float* x, int64
                                          const float* samples_grad, float* x_grad,
                                          int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
-    int64_t c = 0;
     const float* at = x + i * x_stride;
     const float* from = samples_grad + i * grid.latitudes * grid.longitudes * channels;
     float* to = x_grad + i * grid.rows_in * channels;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES)
-      sample_backward<4>(grid, at + c, from + c, to + c, channels);
-    for (; c < channels; c += LANES) sample_backward<1>(grid, at + c, from + c, to + c, channels);
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      sample_backward<vectors>(grid, at + c, from + c, to + c, channels);
+    });
   }
 }
 
@@ -311,14 +308,12 @@ FOR_EVERY_CPU void integrate_items_backward(const Grid& grid, const float* sampl
                                             float* samples_grad, int64_t channels, int64_t first,
                                             int64_t last) {
   for (int64_t i = first; i < last; i++) {
-    int64_t c = 0;
     const int64_t item = i * grid.latitudes * grid.longitudes * channels;
     const float *at = samples + item, *from = y_grad + i * grad_stride;
     float* to = samples_grad + item;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES)
-      integrate_backward<4>(grid, at + c, from + c, to + c, channels);
-    for (; c < channels; c += LANES)
-      integrate_backward<1>(grid, at + c, from + c, to + c, channels);
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      integrate_backward<vectors>(grid, at + c, from + c, to + c, channels);
+    });
   }
 }
 

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <cstdint>
+#include <type_traits>
 
 // One copy of a function for each generation of x86 processors; the loader takes the best one.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -12,6 +13,8 @@
 #define FOR_EVERY_CPU
 #endif
 #define INLINE static inline __attribute__((always_inline))
+// After the arguments of a lambda: compiled for the processor of the function that it stands in.
+#define INLINED __attribute__((always_inline))
 
 constexpr int LANES = 16;
 using Vec = float __attribute__((vector_size(4 * LANES)));
@@ -22,6 +25,19 @@ using Unaligned = float __attribute__((vector_size(4 * LANES), aligned(4), may_a
 // Null for whole vectors of channels, or else why they are not.
 INLINE const char* misfit_of_width(int64_t channels) {
   return channels % LANES ? "their number is not a multiple of 16" : nullptr;
+}
+
+// A number of vectors as a type, from which a template can take it.
+template <int V>
+using Vectors = std::integral_constant<int, V>;
+
+// Calls work(V, c) for all channels c from `first` to `last` at which V vectors begin: as many as
+// can be at once, then one at a time.
+template <int AtOnce, typename Work>
+INLINE void for_vectors(int64_t first, int64_t last, const Work& work) {
+  int64_t c = first;
+  for (; c + AtOnce * LANES <= last; c += AtOnce * LANES) work(Vectors<AtOnce>{}, c);
+  for (; c < last; c += LANES) work(Vectors<1>{}, c);
 }
 
 INLINE void load(const float* from, Vec& to) { to = *reinterpret_cast<const Unaligned*>(from); }
