@@ -12,6 +12,7 @@ from fairchem.core.models.base import GraphModelMixin
 from fairchem.core.preprocessing import AtomsToGraphs
 from torch_geometric.data import Batch
 
+from fairchem_equiformer.errors import StructureError
 from fairchem_equiformer.graph import build as graph_module
 from fairchem_equiformer.graph.build import GraphConfig, build_graph
 from tests.structures import rutile
@@ -218,12 +219,13 @@ def test_sizes_that_need_care():
 
     nothing = batch_of(bulk("Cu"))
     nothing.pos, nothing.atomic_numbers = nothing.pos[:0], nothing.atomic_numbers[:0]
-    nothing.natoms = torch.tensor([0])
+    nothing.natoms, nothing.cell = torch.tensor([], dtype=torch.long), nothing.cell[:0]
     for use_pbc in (True, False):
         empty = graph_of(nothing, use_pbc=use_pbc)
-        assert (empty.num_nodes, empty.num_edges, empty.num_graphs) == (0, 0, 1)
-    nothing.natoms, nothing.cell = torch.tensor([], dtype=torch.long), nothing.cell[:0]
-    assert graph_of(nothing).num_graphs == 0
+        assert (empty.num_nodes, empty.num_edges, empty.num_graphs) == (0, 0, 0)
+
+    one_without = graph_of(batch_of(slab()[:0], bulk("Cu")))
+    assert (one_without.num_nodes, one_without.num_graphs) == (1, 2)
 
 
 def change(field, index, value):
@@ -265,7 +267,7 @@ def move_onto(batch, shift):
 )
 def test_bad_input_is_named(batch, spoil, message):
     spoil(batch)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(StructureError, match=message):
         graph_of(batch)
 
 
@@ -304,3 +306,42 @@ def test_structures_are_named_with_or_without_a_sid(batch, sid):
     name = "" if sid is None else rf" \(sid {sid[2]}\)"
     with pytest.raises(ValueError, match=rf"^structure 2 of the batch{name}, atom 0: "):
         graph_of(batch)
+
+
+def without_vectors(count):
+    """A periodic structure that lacks its last lattice vectors."""
+    atoms = slab()
+    atoms.pbc = True
+    atoms.cell[3 - count :] = 0
+    return atoms
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_periodic_structure_without_a_cell_is_named(count):
+    """fairchem's converter puts in vectors of 1 Angstrom: the model would see a dense crystal."""
+    batch = batch_of(slab(), without_vectors(count))
+    message = r"structure 1 of the batch \(sid 1001\): no lattice vector in a periodic direction"
+    with pytest.raises(StructureError, match=message):
+        graph_of(batch)
+    batch.pbc = torch.tensor([[True] * 3, [True] * (3 - count) + [False] * count])
+    assert graph_of(batch).num_graphs == 2
+
+
+def test_planes_of_a_crystal_may_be_1_angstrom_apart():
+    skew = bulk("Fe")
+    skew.set_cell([[3, 0, 0], [0, 3, 0], [1.5, 1.5, 1.0]])
+    assert graph_of(batch_of(skew)).num_graphs == 1
+
+
+def test_a_batch_of_structures_without_atoms_is_named():
+    empty = batch_of(slab()[:0], slab()[:0])
+    with pytest.raises(StructureError, match=r"structure 0 of the batch \(sid 1000\) has no atoms"):
+        graph_of(empty)
+
+
+def test_bad_input_is_what_fairchems_models_raise_too(batch):
+    """They check atomic numbers by `assert`."""
+    batch.atomic_numbers[0] = 90
+    for kind in (ValueError, AssertionError):
+        with pytest.raises(kind, match="atomic number 90"):
+            graph_of(batch)

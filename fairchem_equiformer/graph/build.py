@@ -3,7 +3,7 @@
 A batch is a torch-geometric ``Batch`` or ``Data`` with the fields that fairchem's datasets write:
 ``pos``, ``cell``, ``natoms``, ``atomic_numbers``, and optionally ``pbc``, ``sid``, ``edge_index``,
 ``cell_offsets``, ``neighbors``, ``tags``. Input that the model cannot work with ends in a
-ValueError that names the structure, the atom and the value.
+``StructureError`` that names the structure, the atom and the value.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
+from fairchem_equiformer.errors import StructureError
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.graph.neighbors import NeighborList, neighbor_list, plane_spacings
 
@@ -76,9 +77,10 @@ def build_graph(data: Any, config: GraphConfig) -> EdgeGraph:
         Edges sorted by target, then source, then image; given edges keep their order otherwise.
 
     Raises:
-        ValueError: A field is missing or of another shape than the others say; an atomic number is
-            out of range; a position or cell is not finite; a cell is degenerate in its periodic
-            directions; two atoms, or an atom and an image, are on one point.
+        StructureError: A field is missing or of another shape than the others say; an atomic number
+            is out of range; a position or cell is not finite; a lattice vector is missing or
+            degenerate in a periodic direction; two atoms, or an atom and an image, are on one
+            point; no structure has an atom.
     """
     with torch.autocast(device_type=_field(data, "pos").device.type, enabled=False):
         structures = _read(data, use_pbc=config.use_pbc)
@@ -105,7 +107,7 @@ def _tags(data: Any, structures: _Structures) -> Tensor:
     """Tags of the batch's atoms: [N] int64."""
     tags = getattr(data, "tags", None)
     if tags is None:
-        raise ValueError(
+        raise StructureError(
             "the batch has no field 'tags', which use_tag_embedding: True reads: for each atom"
             " 0 (bulk), 1 (surface) or 2 (adsorbate)"
         )
@@ -114,7 +116,7 @@ def _tags(data: Any, structures: _Structures) -> Tensor:
     unknown = (whole != tags) | (whole < 0) | (whole >= NUM_TAGS)
     if unknown.any():
         atom = int(unknown.nonzero()[0])
-        raise ValueError(
+        raise StructureError(
             f"{structures.atom_name(atom)}: tag {tags[atom].item()} is out of range; the embedding"
             f" of use_tag_embedding: True has 0 to {NUM_TAGS - 1}"
         )
@@ -172,19 +174,21 @@ def _read(data: Any, *, use_pbc: bool) -> _Structures:
 def _field(data: Any, name: str) -> Any:
     value = getattr(data, name, None)
     if value is None:
-        raise ValueError(f"the batch has no field {name!r}, which the graph is made from")
+        raise StructureError(f"the batch has no field {name!r}, which the graph is made from")
     return value
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(value.shape) != shape:
-        raise ValueError(
+        raise StructureError(
             f"field {name!r} of the batch has shape {tuple(value.shape)};"
             f" its natoms ask for {shape} (atoms or structures first)"
         )
 
 
 def _check_atoms(structures: _Structures, max_num_elements: int) -> None:
+    if len(structures.natoms) > 0 and len(structures.pos) == 0:
+        raise StructureError(f"{structures.name(0)} has no atoms, nor has any other of the batch")
     numbers = structures.atomic_numbers
     whole = numbers.long()
     unknown = (whole != numbers) | (whole < 0) | (whole >= max_num_elements)
@@ -194,31 +198,51 @@ def _check_atoms(structures: _Structures, max_num_elements: int) -> None:
         return
     if unknown.any():
         atom = int(unknown.nonzero()[0])
-        raise ValueError(
+        raise StructureError(
             f"{structures.atom_name(atom)}: atomic number {numbers[atom].item()} is out of range;"
             f" this model knows 0 to {max_num_elements - 1} (max_num_elements: {max_num_elements})"
         )
     if lost.any():
         atom = int(lost.nonzero()[0])
-        raise ValueError(
+        raise StructureError(
             f"{structures.atom_name(atom)}: position {structures.pos[atom].tolist()} is not finite"
         )
     graph = int(broken.nonzero()[0])
-    raise ValueError(
+    raise StructureError(
         f"{structures.name(graph)}: cell {structures.cell[graph].tolist()} is not finite"
     )
 
 
 def _check_cells(structures: _Structures) -> None:
-    spacing = plane_spacings(structures.cell, structures.pbc).amin(dim=1)
+    spacings = plane_spacings(structures.cell, structures.pbc)
+    _check_completed(structures, spacings)
+    spacing = spacings.amin(dim=1)
     degenerate = spacing < MIN_PLANE_SPACING
     if degenerate.any():
         graph = int(degenerate.nonzero()[0])
-        raise ValueError(
+        raise StructureError(
             f"{structures.name(graph)}: cell {structures.cell[graph].tolist()} is degenerate:"
             f" its lattice planes are {spacing[graph]:.3g} Angstrom apart in a periodic direction"
             f" (pbc {structures.pbc[graph].tolist()}). Give it a cell with a volume, or set pbc"
             " (or use_pbc in the model's config) to False"
+        )
+
+
+def _check_completed(structures: _Structures, spacings: Tensor) -> None:
+    """No lattice vector is one that fairchem's converter (ASE's `complete`) put in for none.
+
+    That is one of 1 Angstrom at right angles to the others, nearer than atoms come to each other.
+    """
+    unit = (spacings - 1).abs() < 1e-6
+    if not unit.any():
+        return
+    unit &= (structures.cell.norm(dim=2).cpu() - 1).abs() < 1e-6
+    if unit.any():
+        graph = int(unit.any(dim=1).nonzero()[0])
+        raise StructureError(
+            f"{structures.name(graph)}: no lattice vector in a periodic direction (pbc"
+            f" {structures.pbc[graph].tolist()}): 1 Angstrom was put in its place, the cell is"
+            f" {structures.cell[graph].tolist()}. Give it a cell, or set pbc to False there"
         )
 
 
@@ -239,21 +263,21 @@ def _given_edges(data: Any, structures: _Structures, use_pbc: bool) -> NeighborL
     outside = (data.edge_index < 0) | (data.edge_index >= atoms)
     if outside.any():
         edge = int(outside.any(dim=0).nonzero()[0])
-        raise ValueError(
+        raise StructureError(
             f"edge {edge} of the batch joins atoms {int(source[edge])} and {int(target[edge])},"
             f" but it has atoms 0 to {atoms - 1} only"
         )
     across = structures.batch[source] != structures.batch[target]
     if across.any():
         edge = int(across.nonzero()[0])
-        raise ValueError(
+        raise StructureError(
             f"edge {edge} of the batch joins {structures.atom_name(int(source[edge]))}"
             f" and {structures.atom_name(int(target[edge]))}: not the same structure"
         )
     broken = (image != image.long()).any(dim=1)
     if broken.any():
         edge = int(broken.nonzero()[0])
-        raise ValueError(
+        raise StructureError(
             f"edge {edge} of the batch, to {structures.atom_name(int(target[edge]))}, has"
             f" cell_offsets {image[edge].tolist()}: not whole numbers"
         )
@@ -329,7 +353,7 @@ def _check_distances(structures: _Structures, edges: NeighborList, distance: Ten
     source = structures.atom_in_structure(int(edges.source[edge]))
     image = tuple(int(n) for n in edges.image[edge])
     other = f"the image {image} of atom {source}" if any(image) else f"atom {source}"
-    raise ValueError(
+    raise StructureError(
         f"{structures.atom_name(int(edges.target[edge]))} and {other} are on one point:"
         f" {distance[edge].item():.3g} Angstrom apart"
     )

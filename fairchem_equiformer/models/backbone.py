@@ -96,7 +96,7 @@ class EquiformerV2Backbone(nn.Module):
                 :func:`~fairchem_equiformer.graph.build.build_graph`.
 
         Raises:
-            ValueError: for bad input, naming the structure and the value.
+            StructureError: for bad input, a ValueError that names structure and value.
         """
         keep_freed_memory()
         config = self.config

@@ -33,7 +33,7 @@ class EquiformerV2(EquiformerV2Backbone):
             ``energy`` [B] and, with ``regress_forces``, ``forces`` [N, 3].
 
         Raises:
-            ValueError: for bad input, naming the structure and the value.
+            StructureError: for bad input, a ValueError that names structure and value.
         """
         embedding = self.embed(data)
         energy = sum_energy(self.energy_block, embedding) / self.average_num_nodes
