@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -26,6 +28,7 @@ from fairchem_equiformer import (
     ForceHead,
     StressHead,
 )
+from fairchem_equiformer.nn import recompute
 from tests.models import (
     KEYS,
     fix_roll,
@@ -170,6 +173,18 @@ def test_stress_equals_fairchems(options, norm_type):
             cancels = name.startswith(f"{norm}.") and (value.numel() == 1 or "bias" in name)
             tolerance = 1e-3 if cancels else 3e-5
             assert relative_error(gradients[name], value) < tolerance, name
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.4."), reason="later ones do not warn")
+def test_training_a_stress_head_warns_of_nothing():
+    """torch's own checkpoint would, of a name within torch; what silences it is read anew here."""
+    model = hydra({"stress": {"module": "fairchem_equiformer.StressHead"}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(FutureWarning, match="autocast"):
+            results(model, three_slabs())
+        importlib.reload(recompute)
+        results(model, three_slabs())
 
 
 class TestStress:

@@ -129,6 +129,47 @@ def test_labels_that_ase_databases_are_not_asked_for(fairchem, tiny_config, tmp_
     assert fairchem(tiny_config) == (0, "")
 
 
+def test_a_name_that_the_data_have_already(fairchem, tiny_config, tmp_path):
+    """Energies of the initial and of the relaxed structure."""
+    entry = make_data(0)
+    entry.y_relaxed = entry.energy_relaxed
+    src = str(write_lmdb(tmp_path / "both.lmdb", [entry]))
+    for split in tiny_config["dataset"].values():
+        split["src"] = src
+    tiny_config["dataset"]["train"]["key_mapping"] = {"y_relaxed": "energy"}
+    message = "dataset.train: key_mapping calls y_relaxed energy"
+    assert_one_line(fairchem(tiny_config), message, src, "(energy: unused)")
+    mapping = {"energy": "unused", "y_relaxed": ["energy", "target"], "absent": "forces"}
+    tiny_config["dataset"]["train"]["key_mapping"] = mapping
+    assert fairchem(tiny_config) == (0, "")
+
+
+def fine_tuning(config, start):
+    head = {"module": "fairchem_equiformer.EnergyHead"}
+    start = {"starting_checkpoint": str(start)}
+    config["model"] = {"name": "hydra", "heads": {"energy": head}, "finetune_config": start}
+
+
+def test_fine_tuning_without_its_start(fairchem, tiny_config, tmp_path):
+    fine_tuning(tiny_config, tmp_path / "start.pt")
+    key = "model.finetune_config.starting_checkpoint"
+    assert_one_line(
+        fairchem(tiny_config), f"--{key}=PATH", "start.pt", "fairchem_equiformer.convert"
+    )
+
+
+def test_fine_tuning_from_another_backbone(fairchem, tiny_config, checkpoint):
+    fine_tuning(tiny_config, checkpoint)
+    assert_one_line(fairchem(tiny_config), checkpoint, "no backbone of a hydra", "convert")
+    for name, status in (("equiformer_v2_backbone", 2), ("fairchem_equiformer.Equi", 0)):
+        model = {"name": "hydra", "backbone": {"model": name}}
+        torch.save({"state_dict": {}, "config": {"model": model}}, checkpoint)
+        result = fairchem(tiny_config)
+        assert result[0] == status
+    checkpoint.write_bytes(b"text")
+    assert_one_line(fairchem(tiny_config), "starting_checkpoint", checkpoint, "cannot be read")
+
+
 def test_folder_without_lmdb(fairchem, tiny_config, tmp_path):
     tiny_config["dataset"]["val"]["src"] = str(tmp_path)
     assert_one_line(fairchem(tiny_config), "dataset.val.src", "no .lmdb file", tmp_path)

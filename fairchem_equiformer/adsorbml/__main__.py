@@ -119,15 +119,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     relax.add_argument("--config-yml", type=Path, help="config of the model; else the checkpoint's")
     relax.add_argument("--cpu", action="store_true", help="relax on the CPU")
-    relax.add_argument("--batch-size", type=_positive, default=16, help="with a checkpoint; 16")
-    relax.add_argument("--steps", type=_positive, default=relaxation.STEPS)
-    relax.add_argument("--fmax", type=float, default=relaxation.FMAX, help="eV/Å")
+    relax.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=16,
+        help="placements relaxed at once, with a checkpoint (default: %(default)s)",
+    )
+    relax.add_argument(
+        "--steps",
+        type=_positive,
+        default=relaxation.STEPS,
+        help="of LBFGS at most (default: %(default)s)",
+    )
+    relax.add_argument(
+        "--fmax",
+        type=float,
+        default=relaxation.FMAX,
+        help="largest force at which a relaxation ends, eV/Å (default: %(default)s)",
+    )
     relax.add_argument(
         "--shard",
         type=_shard,
         default=(1, 1),
         metavar="I/N",
-        help="every Nth placement only; N processes, one for each I, share the work of N GPUs",
+        help="every Nth placement only; N processes, one for each I, share the work of N GPUs "
+        "(default: 1/1, all)",
     )
     relax.set_defaults(command=_relax)
 
@@ -137,37 +153,61 @@ def _parser() -> argparse.ArgumentParser:
     rank.add_argument(
         "--slabs",
         metavar="PATTERN",
-        help="files of clean surfaces; default: placements/{pair}/slab.*",
+        help=f"files of clean surfaces (default: PLACEMENTS/{{pair}}/{SLAB}.*)",
     )
     rank.add_argument(
         "--criteria",
         type=_criteria,
         default=tuple(ranking.CRITERIA),
-        help="default: " + ",".join(ranking.CRITERIA),
+        help="what makes a structure invalid (default: " + ",".join(ranking.CRITERIA) + ")",
     )
     rank.add_argument(
         "--only-converged",
         action="store_true",
         help="leave out relaxations that ran out of steps (for a reference)",
     )
-    rank.add_argument("--processes", type=_positive, default=1)
+    rank.add_argument(
+        "--processes", type=_positive, default=1, help="that share the work (default: %(default)s)"
+    )
     rank.set_defaults(command=_rank)
 
     points = commands.add_parser("single-points", help="compute the best few, or let VASP do it")
     points.add_argument("run", type=Path, help="folder with a ranking")
-    points.add_argument("--best", type=_positive, default=score.LARGEST_K, metavar="K")
+    points.add_argument(
+        "--best",
+        type=_positive,
+        default=score.LARGEST_K,
+        metavar="K",
+        help="how many of each pair, the lowest first (default: %(default)s)",
+    )
     how = points.add_mutually_exclusive_group(required=True)
-    how.add_argument("--calculator", metavar="NAME", help="dotted name")
+    how.add_argument(
+        "--calculator", metavar="NAME", help="dotted name, e.g. ase.calculators.emt.EMT"
+    )
     how.add_argument("--vasp", action="store_true", help="write VASP's input, with OC20's settings")
     points.set_defaults(command=_single_points)
 
     scores = commands.add_parser("score", help="success rate and speed-up against a reference")
-    scores.add_argument("runs", type=Path, nargs="+", metavar="run")
+    scores.add_argument(
+        "runs", type=Path, nargs="+", metavar="run", help="folder with a ranking and single points"
+    )
     scores.add_argument(
         "--reference", type=Path, required=True, help="folder relaxed by a calculator, or JSON"
     )
-    scores.add_argument("--best", type=_positive, default=score.LARGEST_K, metavar="K")
-    scores.add_argument("--threshold", type=float, default=score.THRESHOLD, metavar="EV")
+    scores.add_argument(
+        "--best",
+        type=_positive,
+        default=score.LARGEST_K,
+        metavar="K",
+        help="score the best 1 to K (default: %(default)s)",
+    )
+    scores.add_argument(
+        "--threshold",
+        type=float,
+        default=score.THRESHOLD,
+        metavar="EV",
+        help="a success is at most so far above the reference, eV (default: %(default)s)",
+    )
     scores.add_argument("--out", type=Path, required=True, help="folder to write to")
     scores.set_defaults(command=_score)
 

@@ -30,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = flags.get_parser()
     parser.prog = "fairchem"
+    parser.epilog = (
+        "`fairchem main ...` is the same as `fairchem ...`. Any value of the config can be changed "
+        "by --key.subkey=value, such as --optim.batch_size=4 or --dataset.train.src=FOLDER."
+    )
     args, overrides = parser.parse_known_args(argv[1:] if argv[:1] == ["main"] else argv)
     # Of no use to who runs the command, and printed for each file of each of fairchem's models.
     warnings.filterwarnings("ignore", "You are using `torch.load`", category=FutureWarning)

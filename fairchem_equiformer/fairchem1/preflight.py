@@ -20,6 +20,7 @@ import torch
 import yaml
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import create_dict_from_args, load_config, merge_dicts
+from fairchem.core.datasets.lmdb_dataset import LmdbDataset
 
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.fairchem1.names import (
@@ -55,6 +56,8 @@ ENERGY_TRAINERS = frozenset({"equiformerv2_energy", AUXILIARY_TASK_TRAINER})
 SCHEDULE_IN_EPOCHS = ENERGY_TRAINERS | {"equiformerv2_forces"}
 # fairchem's own, by all of their names: a checkpoint holds that of the task.
 PLAIN_TRAINERS = frozenset({"ocp", "energy", "forces", "s2ef", "is2re"})
+_PACKAGE = "fairchem_equiformer."
+_CONVERT = "make one by: python -m fairchem_equiformer.convert {} {}"
 
 
 def check(args: Namespace, overrides: list[str]) -> None:
@@ -79,12 +82,14 @@ def check(args: Namespace, overrides: list[str]) -> None:
     _check_sections(args.config_yml, config)
     if "multitask" in config.get("trainer", ""):
         return  # its data stand elsewhere in the config
+    _check_start(args.config_yml, config["model"])
     _check_losses(args.config_yml, config)
     _check_schedule(args.config_yml, config, args.mode)
     splits = _splits(args.config_yml, config)
     _check_noise(args.config_yml, splits)
     _check_data(args.config_yml, splits, args.mode)
     _check_labels(args.config_yml, config, splits, args.mode)
+    _check_names(args.config_yml, splits)
     _check_checkpoint(args.checkpoint, config, splits, args.mode)
     if args.mode == "run-relaxations":
         _check_relaxation(args.config_yml, config.get("task") or {})
@@ -136,6 +141,28 @@ def _check_sections(file: Path, config: Config) -> None:
     if not config["model"].get("name"):
         raise InputError(
             f"{file}: model.name is missing; this package's is fairchem_equiformer.EquiformerV2"
+        )
+
+
+def _check_start(file: Path, model: Config) -> None:
+    """The checkpoint that fine-tuning starts from is there, and its backbone is this package's."""
+    start = (model.get("finetune_config") or {}).get("starting_checkpoint")
+    if start is None:
+        return
+    key = "model.finetune_config.starting_checkpoint"
+    if not Path(start).is_file():
+        raise InputError(
+            f"{file}: {key}: no such file: {start} (looked from {Path.cwd()}); set it there or by "
+            f"--{key}=PATH. From a published checkpoint, {_CONVERT.format('PUBLISHED.pt', start)}"
+        )
+    saved = _load(key, start).get("config", {}).get("model", {})
+    heads = [head.get("module", "") for head in (model.get("heads") or {}).values()]
+    name = (saved.get("backbone") or {}).get("model", "") if isinstance(saved, dict) else ""
+    reads_it = not model.get("backbone") and any(head.startswith(_PACKAGE) for head in heads)
+    if reads_it and not name.startswith(_PACKAGE):
+        raise InputError(
+            f"{file}: {key}: {start} holds {name or 'no backbone of a hydra'}, which the heads of "
+            f"this package cannot read; {_CONVERT.format(start, 'start.pt')}"
         )
 
 
@@ -264,6 +291,26 @@ def _check_labels(file: Path, config: Config, splits: dict[str, Config], mode: s
             )
 
 
+def _check_names(file: Path, splits: dict[str, Config]) -> None:
+    """`key_mapping` gives no entry of an LMDB a name that another field of it has."""
+    for name, split in splits.items():
+        mapping = split.get("key_mapping")
+        if not (mapping and split.get("src") and split.get("format", "lmdb") in LMDB_FORMATS):
+            continue
+        fields = set(LmdbDataset({"src": split["src"]})[0].keys())
+        for old, new in mapping.items():
+            news = [new] if isinstance(new, str) else new
+            taken = sorted(fields.intersection(news) - {old})
+            if old in fields and taken:
+                raise InputError(
+                    f"{file}: dataset.{name}: key_mapping calls {old} {taken[0]}, a name that the "
+                    f"entries of {split['src']} have already: leave {old} out, or give the other "
+                    f"one another name above it ({taken[0]}: unused)"
+                )
+            if old in fields:
+                fields = (fields - {old}).union(news)
+
+
 def _labels(config: Config, split: Config) -> set[str]:
     """Labels that the losses compare with, whole where a transform takes them apart."""
     targets = {target for losses in config.get("loss_functions") or [] for target in losses}
@@ -338,7 +385,7 @@ def _check_checkpoint(
     if Path(path).is_dir() and config["optim"].get("checkpoint_format") == "dcp":
         return
     _require_file("--checkpoint", Path(path))
-    if "state_dict" not in (checkpoint := _load(path)):
+    if "state_dict" not in (checkpoint := _load("--checkpoint", path)):
         raise InputError(f"--checkpoint: {path} holds no state_dict: not a checkpoint of fairchem")
     trainer = todays_name(config.get("trainer"))
     if trainer in SCHEDULE_IN_EPOCHS and not splits["train"].get("src"):
@@ -353,7 +400,7 @@ def _check_checkpoint(
             )
 
 
-def _load(path: str) -> Config:
+def _load(option: str, path: str) -> Config:
     """A checkpoint's contents; its tensors stay on disk."""
     try:
         # Old releases of torch wrote another format, which can be read but not mapped.
@@ -361,7 +408,7 @@ def _load(path: str) -> Config:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"--checkpoint: {path} cannot be read ({reason}); copy it again if it is incomplete"
+            f"{option}: {path} cannot be read ({reason}); copy it again if it is incomplete"
         ) from error
     return content if isinstance(content, dict) else {}
 

@@ -30,6 +30,8 @@ from fairchem_equiformer.leaderboard.split import FailedError, Split
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_FORMAT = "of the data, e.g. oc22_lmdb (default: %(default)s)"
+
 EXIT_REFUSED = 1  # by `validate`, or a step failed
 EXIT_BAD_INPUT = 2  # as argparse
 
@@ -133,17 +135,23 @@ def _parser() -> argparse.ArgumentParser:
 
     two = commands.add_parser("collect", help=join.__doc__)
     two.add_argument("folder", type=Path, help="the --out of `run`")
-    two.add_argument("--dataset", choices=form.SPLITS, default="OC20")
+    two.add_argument(
+        "--dataset", choices=form.SPLITS, default="OC20", help="whose form (default: %(default)s)"
+    )
 
     three = commands.add_parser("validate", help=validate.__doc__)
-    three.add_argument("file", type=Path)
-    three.add_argument("--dataset", choices=form.SPLITS, help="guessed if not given")
-    three.add_argument("--task", choices=form.FIELDS, help="guessed if not given")
+    three.add_argument("file", type=Path, help="a .npz as the leaderboard would get it")
+    three.add_argument(
+        "--dataset", choices=form.SPLITS, help="whose form (default: guessed from the file's keys)"
+    )
+    three.add_argument(
+        "--task", choices=form.FIELDS, help="of the leaderboard (default: guessed likewise)"
+    )
     three.add_argument(
         "--against", nargs="+", action=_Named, default={}, metavar="SPLIT=SRC",
         help="data of a test set, to compare ids and numbers of atoms with",
     )  # fmt: skip
-    three.add_argument("--format", default="lmdb", help="of the data, e.g. oc22_lmdb")
+    three.add_argument("--format", default="lmdb", help=_FORMAT)
 
     four = commands.add_parser("metrics", help=evaluate.__doc__)
     four.add_argument(
@@ -154,13 +162,15 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", nargs="+", action=_Named, default={}, metavar="NAME=SRC",
         required=True, help="IS2RE data with relaxed structures",
     )  # fmt: skip
-    four.add_argument("--format", default="lmdb", help="of the data, e.g. oc22_lmdb")
+    four.add_argument("--format", default="lmdb", help=_FORMAT)
     four.add_argument(
         "--calculator",
         metavar="NAME",
         help="for AFbT: what labelled the data, a dotted name such as ase.calculators.emt.EMT",
     )
-    four.add_argument("--json", type=Path, help="file for the scores and those of each system")
+    four.add_argument(
+        "--json", type=Path, help="file to write the scores to, and those of each system"
+    )
     return parser
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fairchem_equiformer.graph.build import NUM_TAGS, build_graph
 from fairchem_equiformer.graph.edges import prepare_edges
@@ -20,6 +19,7 @@ from fairchem_equiformer.nn.embedding import EdgeDegreeEmbedding
 from fairchem_equiformer.nn.initialization import initialize
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.nn.radial import GaussianSmearing, LearnableGaussianSmearing
+from fairchem_equiformer.nn.recompute import recomputed
 from fairchem_equiformer.ops.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class EquiformerV2Backbone(nn.Module):
         x = torch.cat([x[:, :1] + atoms[:, None], x[:, 1:]], dim=1)
         for block in self.blocks[: self.num_layers]:
             if config.activation_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, inputs, use_reentrant=False)
+                x = recomputed(block, x, inputs, random=True)
             else:
                 x = block(x, inputs)
         return Embedding(self.norm(x), graph, inputs)

@@ -95,7 +95,9 @@ class ForceHead(nn.Module):
 class StressHead(Rank2Readout):
     """Symmetric second-rank tensor of each structure, such as its stress.
 
-    Takes the keys of fairchem's ``rank2_symmetric_head`` and has its parameters.
+    Takes the keys of fairchem's ``rank2_symmetric_head`` and has its parameters. A stress has the
+    unit and sign of the labels, which fairchem reads through ASE: eV/Angstrom^3, positive where the
+    cell would shrink (the energy's derivative by the strain, over the volume).
 
     Args:
         backbone: whose features it reads.

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from e3nn import o3
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fairchem_equiformer.nn.norm import NORMS
+from fairchem_equiformer.nn.recompute import recomputed
 from fairchem_equiformer.ops.segments import Chunk, segment_sum
 
 if TYPE_CHECKING:
@@ -105,15 +105,7 @@ class Rank2Readout(nn.Module):
         chunks = []
         for chunk in edges.chunks or (_NO_ATOMS,):
             if keep:  # of a chunk's edges nothing is kept for the backward pass
-                part = checkpoint(
-                    self._chunk,
-                    x,
-                    edges,
-                    vector,
-                    chunk,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
+                part = recomputed(self._chunk, x, edges, vector, chunk, random=False)
             else:
                 part = self._chunk(x, edges, vector, chunk)
             chunks.append(part)
