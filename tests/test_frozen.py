@@ -49,7 +49,7 @@ def test_same_bits_made_once(changes, made):
     once = len(made)
     frozen = FrozenWeights()
     for _ in range(3):
-        with frozen.of(model):
+        with frozen.used_by(model):
             assert_same_bits(predict(model), expected)
     assert len(made) == 2 * once
     predict(model)
@@ -63,10 +63,10 @@ def test_changed_weights_are_seen(changes):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    with frozen.of(model):
+    with frozen.used_by(model):
         before = predict(model)
     model.load_state_dict(other.state_dict())
-    with frozen.of(model):
+    with frozen.used_by(model):
         after = predict(model)
     assert_same_bits(after, predict(other))
     assert not torch.equal(before["energy"], after["energy"])
@@ -75,7 +75,7 @@ def test_changed_weights_are_seen(changes):
 def test_outside_nothing_is_kept():
     """fairchem's moving averages come and go through `.data`, which leaves no trace."""
     model = ours()
-    with FrozenWeights().of(model):
+    with FrozenWeights().used_by(model):
         before = predict(model)
     for parameter in model.parameters():
         parameter.data.mul_(1.1)
@@ -91,7 +91,7 @@ def test_another_precision_within():
             return predict(model)
 
     expected, expected_reduced = predict(model), reduced()
-    with frozen.of(model):
+    with frozen.used_by(model):
         assert_same_bits(predict(model), expected)
         assert_same_bits(reduced(), expected_reduced)
         assert_same_bits(predict(model), expected)
@@ -104,7 +104,7 @@ def test_gradients_within():
         out = model(three_slabs())
         return torch.autograd.grad(out["energy"].sum() + out["forces"].sum(), model.parameters())
 
-    with FrozenWeights().of(model):
+    with FrozenWeights().used_by(model):
         predict(model)
         found = gradients()
     assert all(map(torch.equal, found, gradients()))

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.ops import native
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
-from fairchem_equiformer.ops.attention_weights import (
+from fairchem_equiformer.ops.attention_softmax import (
     attention_logits,
     attention_softmax,
     attention_softmax_backward,
 )
+from fairchem_equiformer.ops.edges import chunk_frames
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.message import message, message_backward
 from fairchem_equiformer.ops.native import interface, loader
@@ -35,7 +36,6 @@ from fairchem_equiformer.ops.radial import (
     _norm_silu,
     radial_function,
 )
-from fairchem_equiformer.ops.rotate import chunk_frames
 from fairchem_equiformer.ops.s2_activation import s2_activation
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import layout

@@ -18,7 +18,7 @@ from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.ops import s2_activation as s2_module
 from fairchem_equiformer.ops.edge_attention import AttentionSpec, AttentionWeights, edge_attention
 from fairchem_equiformer.ops.edge_degree import edge_degree_embedding
-from fairchem_equiformer.ops.edges import NodeShare
+from fairchem_equiformer.ops.edges import NodeShare, chunk_frames
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.radial import (
@@ -30,7 +30,6 @@ from fairchem_equiformer.ops.radial import (
     radial_function,
 )
 from fairchem_equiformer.ops.rotate import (
-    chunk_frames,
     rotate_back_and_sum,
     rotate_back_and_sum_backward,
     rotate_in,
@@ -162,14 +161,14 @@ class Case:
     @property
     def spec(self) -> AttentionSpec:
         return AttentionSpec(
-            HEADS,
-            ALPHA,
-            VALUE,
-            HIDDEN,
-            self.activation,
-            self.resolution,
-            self.by_degree,
-            self.layout,
+            num_heads=HEADS,
+            alpha_channels=ALPHA,
+            value_channels=VALUE,
+            hidden_channels=HIDDEN,
+            activation=self.activation,
+            grid_resolution=self.resolution,
+            radial_by_degree=self.by_degree,
+            out_layout=self.layout,
         )
 
     def parameters(self) -> Parameters:
@@ -204,13 +203,13 @@ class Case:
         if self.renormalize:
             norm = (parameters["alpha_norm.weight"], parameters["alpha_norm.bias"])
         return AttentionWeights(
-            radial_weights(radial),
-            conv_weights(under(parameters, "so2_conv_1.")),
-            parameters["so2_conv_1.fc_m0.bias"],
-            norm,
-            parameters["alpha_dot"],
-            conv_weights(under(parameters, "so2_conv_2.")),
-            parameters["so2_conv_2.fc_m0.bias"],
+            radial=radial_weights(radial),
+            conv_1=conv_weights(under(parameters, "so2_conv_1.")),
+            conv_1_bias=parameters["so2_conv_1.fc_m0.bias"],
+            alpha_norm=norm,
+            alpha_dot=parameters["alpha_dot"],
+            conv_2=conv_weights(under(parameters, "so2_conv_2.")),
+            conv_2_bias=parameters["so2_conv_2.fc_m0.bias"],
         )
 
     def mask(self, num_edges: int) -> Tensor | None:
@@ -825,7 +824,10 @@ def test_norms_are_equivariant(kind):
     [("gate", 1e-13), ("s2", 1e-12), ("separable_s2", 1e-12), ("separable_grid_mlp", 1e-12)],
 )
 def test_feed_forward_is_equivariant_as_far_as_its_grid(kind, allowed):
-    layer = FeedForward(FeedForwardConfig(2, CHANNELS, HIDDEN, kind, 60), CHANNELS).double()
+    config = FeedForwardConfig(
+        lmax=2, channels=CHANNELS, hidden_channels=HIDDEN, activation=kind, grid_resolution=60
+    )
+    layer = FeedForward(config, CHANNELS).double()
     x, wigner = random(4, 9, CHANNELS), reference.wigner(random_rotation()[None], 2)[0]
     error = relative_error(layer(wigner @ x), wigner @ layer(x))
     assert error < allowed

@@ -50,7 +50,7 @@ def frozen_calculate(calculate: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(calculate)
     def frozen(calculator: OCPCalculator, *arguments: Any, **options: Any) -> None:
         weights = calculator.__dict__.setdefault("frozen_weights", FrozenWeights())
-        with weights.of(calculator.trainer.model):
+        with weights.used_by(calculator.trainer.model):
             calculate(calculator, *arguments, **options)
 
     return frozen
@@ -68,7 +68,7 @@ class LBFGS(lbfgs_torch.LBFGS):
         """Relax the batch until no force is above `fmax` (eV/Angstrom) or for `steps` steps."""
         self._written: tuple[torch.Tensor, torch.Tensor] | None = None
         trainer = self.optimizable.trainer
-        with averaged_weights(trainer), FrozenWeights().of(trainer.model):
+        with averaged_weights(trainer), FrozenWeights().used_by(trainer.model):
             converged = super().run(fmax, steps)
         if self.trajectories is not None and self._written is None:
             self._write_only_frames()  # all systems started relaxed

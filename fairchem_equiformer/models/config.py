@@ -245,22 +245,22 @@ class ModelConfig:
         if self.use_grid_mlp:
             activation = "separable_grid_mlp" if self.use_sep_s2_act else "grid_mlp"
         return FeedForwardConfig(
-            self.lmax,
-            self.sphere_channels,
-            self.ffn_hidden_channels,
-            activation,
-            self.grid_resolution,
+            lmax=self.lmax,
+            channels=self.sphere_channels,
+            hidden_channels=self.ffn_hidden_channels,
+            activation=activation,
+            grid_resolution=self.grid_resolution,
         )
 
     def block(self, num_basis: int) -> BlockConfig:
         """Sizes and regularisation of the blocks."""
         return BlockConfig(
-            self.attention(num_basis),
-            self.feed_forward(),
-            self.norm_type,
-            self.alpha_drop,
-            self.drop_path_rate,
-            self.proj_drop,
+            attention=self.attention(num_basis),
+            feed_forward=self.feed_forward(),
+            norm=self.norm_type,
+            alpha_drop=self.alpha_drop,
+            drop_path=self.drop_path_rate,
+            channel_drop=self.proj_drop,
         )
 
 

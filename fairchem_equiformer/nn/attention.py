@@ -18,7 +18,7 @@ from fairchem_equiformer.ops.touch import touch
 from fairchem_equiformer.so3.layout import Layout, layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Sizes of an attention layer, in the paper's terms (section C)."""
 
@@ -97,14 +97,14 @@ class GraphAttention(nn.Module):
         if out_degree is not None:
             out_layout = layout(out_degree, min(edge_layout.mmax, out_degree), out_degree)
         self.spec = AttentionSpec(
-            config.num_heads,
-            config.alpha_channels,
-            config.value_channels,
-            config.hidden_channels,
-            config.activation,
-            config.grid_resolution,
-            config.radial_by_degree,
-            out_layout,
+            num_heads=config.num_heads,
+            alpha_channels=config.alpha_channels,
+            value_channels=config.value_channels,
+            hidden_channels=config.hidden_channels,
+            activation=config.activation,
+            grid_resolution=config.grid_resolution,
+            radial_by_degree=config.radial_by_degree,
+            out_layout=out_layout,
         )
 
     def forward(self, x: Tensor, inputs: EdgeInputs) -> Tensor:
@@ -135,15 +135,18 @@ class GraphAttention(nn.Module):
         radial = cast("RadialFunction", self.rad_func or self.so2_conv_1.rad_func)
         source = self.source_embedding or inputs.source_embedding
         target = self.target_embedding or inputs.target_embedding
+        conv_1, conv_1_bias = self.so2_conv_1.weights()
         if self.out_degree is None:
-            conv_2 = self.so2_conv_2.weights()
+            conv_2, conv_2_bias = self.so2_conv_2.weights()
         else:
-            conv_2 = self.so2_conv_2.weights_of_degree(self.out_degree)
+            conv_2, conv_2_bias = self.so2_conv_2.weights_of_degree(self.out_degree)
         norm = None if self.alpha_norm is None else (self.alpha_norm.weight, self.alpha_norm.bias)
         return AttentionWeights(
-            radial.weights(source, target),
-            *self.so2_conv_1.weights(),
-            norm,
-            self.alpha_dot,
-            *conv_2,
+            radial=radial.weights(source, target),
+            conv_1=conv_1,
+            conv_1_bias=conv_1_bias,
+            alpha_norm=norm,
+            alpha_dot=self.alpha_dot,
+            conv_2=conv_2,
+            conv_2_bias=conv_2_bias,
         )

@@ -14,7 +14,7 @@ from fairchem_equiformer.nn.regularization import ChannelDropout, GraphDropPath
 from fairchem_equiformer.ops.edges import Edges
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """Sizes and regularisation of a block."""
 

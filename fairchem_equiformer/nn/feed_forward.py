@@ -19,7 +19,7 @@ from fairchem_equiformer.so3.grid import Grid, grid
 from fairchem_equiformer.so3.layout import layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
     """Sizes of a feed-forward network, in the paper's terms (section C)."""
 

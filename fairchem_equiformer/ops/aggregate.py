@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fairchem_equiformer.ops.edges import ChunkFrames
 from fairchem_equiformer.ops.native import aggregate_kernels
-from fairchem_equiformer.ops.rotate import (
-    ChunkFrames,
-    rotate_back_and_sum,
-    rotate_back_and_sum_backward,
-)
+from fairchem_equiformer.ops.rotate import rotate_back_and_sum, rotate_back_and_sum_backward
 from fairchem_equiformer.so3.layout import Layout
 
 

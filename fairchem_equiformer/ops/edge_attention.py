@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
-from fairchem_equiformer.ops.attention_weights import (
+from fairchem_equiformer.ops.attention_softmax import (
     attention_logits,
     attention_softmax,
     attention_softmax_backward,
 )
-from fairchem_equiformer.ops.edges import Edges
+from fairchem_equiformer.ops.edges import ChunkFrames, Edges, chunk_frames
 from fairchem_equiformer.ops.frozen import once
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.message import Message, message, message_backward
@@ -40,7 +40,6 @@ from fairchem_equiformer.ops.radial import (
     RadialWeights,
     radial_function,
 )
-from fairchem_equiformer.ops.rotate import ChunkFrames, chunk_frames
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
 from fairchem_equiformer.ops.segments import Chunk
 from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
@@ -48,7 +47,7 @@ from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """What does not change from call to call."""
 
@@ -140,7 +139,7 @@ class _Layer:
     dtype: torch.dtype  # of the matrix products; rotations, softmax and sums keep the features'
 
     def radial(self, chunk: Chunk, tables: RadialTables, channels: int) -> Tensor:
-        out = radial_function(self.edges.scalars.of(chunk.edges), tables, self.basis)
+        out = radial_function(self.edges.scalars.select(chunk.edges), tables, self.basis)
         return out.view(len(out), out.shape[1] // (2 * channels), 2 * channels)
 
     def message(self, x: Tensor, chunk: Chunk, radial: Tensor) -> tuple[Tensor, Message]:

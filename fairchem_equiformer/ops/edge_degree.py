@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops.edges import Edges
+from fairchem_equiformer.ops.edges import Edges, chunk_frames
 from fairchem_equiformer.ops.frozen import once
 from fairchem_equiformer.ops.radial import (
     Basis,
@@ -22,7 +22,7 @@ from fairchem_equiformer.ops.radial import (
     RadialWeights,
     radial_function,
 )
-from fairchem_equiformer.ops.rotate import chunk_frames, rotate_back_and_sum
+from fairchem_equiformer.ops.rotate import rotate_back_and_sum
 from fairchem_equiformer.ops.segments import Chunk
 
 
@@ -30,7 +30,7 @@ def _embed(edges: Edges, chunk: Chunk, basis: Basis, tables: RadialTables) -> Te
     """Sum over the edges of one chunk: [n, K, C]."""
     frames = chunk_frames(edges, chunk)
     num_degrees = edges.layout.num_degrees(0)
-    radial = radial_function(edges.scalars.of(chunk.edges), tables, basis)
+    radial = radial_function(edges.scalars.select(chunk.edges), tables, basis)
     messages = radial.view(len(radial), num_degrees, radial.shape[1] // num_degrees)
     rescale = messages.new_tensor(edges.layout.truncation_rescale)
     return rotate_back_and_sum(messages, frames, rescale, frames.rotation[:, :num_degrees])  # m = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from fairchem_equiformer.ops.radial import EdgeScalars
 from fairchem_equiformer.ops.segments import Chunk
 from fairchem_equiformer.so3.layout import Layout
+from fairchem_equiformer.so3.wigner import expand_rotations
 
 # Bytes of the rotated message input of one chunk, the largest of its intermediates.
 _CPU_CHUNK_BYTES = 6 * 2**20
@@ -62,6 +64,48 @@ class Edges:
     def rows_of(self, per_atom: Tensor) -> Tensor:
         """Entries of a tensor [N, ...] for the atoms computed here."""
         return per_atom[self.rows]
+
+
+@dataclass(frozen=True)
+class ChunkFrames:
+    """Rotations and indices of one chunk: e edges, n target atoms."""
+
+    compact: Tensor  # [e, entries] rotations without their zeros (so3/wigner.py)
+    layout: Layout  # of the edge frame
+    source: Tensor  # [e], atom in the batch
+    target: Tensor  # [e], atom in the chunk
+    target_ptr: Tensor  # [n + 1], edges of the i-th target are target_ptr[i]:target_ptr[i + 1]
+    nodes: slice  # target atoms in the batch
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of target atoms."""
+        return int(self.nodes.stop - self.nodes.start)
+
+    @cached_property
+    def rotation(self) -> Tensor:
+        """[e, R, K], m-major rows by l-major columns."""
+        return expand_rotations(self.compact, self.layout)
+
+    def rotation_of(self, wanted: Layout) -> Tensor:
+        """The rows and columns of fewer degrees and orders."""
+        if wanted == self.layout:
+            return self.rotation
+        rows = [self.layout.m_major.index(row) for row in wanted.m_major]
+        columns = slice(wanted.lmin**2, (wanted.lmax + 1) ** 2)
+        return self.rotation[:, rows][:, :, columns]
+
+
+def chunk_frames(edges: Edges, chunk: Chunk) -> ChunkFrames:
+    """Rotations and indices of one chunk."""
+    return ChunkFrames(
+        compact=edges.rotations[chunk.edges],
+        layout=edges.layout,
+        source=edges.source[chunk.edges],
+        target=edges.target[chunk.edges] - chunk.nodes.start,
+        target_ptr=edges.target_ptr[chunk.rows.start : chunk.rows.stop + 1] - chunk.edges.start,
+        nodes=chunk.nodes,
+    )
 
 
 def edges_per_chunk(layout: Layout, channels: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -32,7 +32,7 @@ class FrozenWeights:
         self._state: list[tuple[int, int]] = []
 
     @contextmanager
-    def of(self, model: nn.Module) -> Iterator[None]:
+    def used_by(self, model: nn.Module) -> Iterator[None]:
         """Within, forward passes of the model use what they find and keep what they make."""
         state = [(p.data_ptr(), p._version) for p in model.parameters()]  # noqa: SLF001
         if state != self._state:

@@ -24,9 +24,9 @@ from fairchem_equiformer.so3.grid import Grid
 class _GridMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.grid = grid
         kernels = grid_kernels(grid, x)
+        ctx.grid, ctx.kernels = grid, kernels
+        ctx.save_for_backward(x, weight)
         y = x.new_empty(len(x), grid.from_grid.shape[1], len(weight))
         for piece in _pieces(x, grid):
             if kernels is not None:
@@ -40,11 +40,10 @@ class _GridMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, weight), grid = ctx.saved_tensors, ctx.grid
+        (x, weight), grid, kernels = ctx.saved_tensors, ctx.grid, ctx.kernels
         x_grad = torch.empty_like(x)
         weight_grad = torch.zeros_like(weight)
         silu_backward = torch.ops.aten.silu_backward
-        kernels = grid_kernels(grid, x)
         for piece in _pieces(x, grid):
             if kernels is not None:
                 first = kernels.samples(x[piece])

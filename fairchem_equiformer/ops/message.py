@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native import message_kernels
+from fairchem_equiformer.ops.edges import ChunkFrames
+from fairchem_equiformer.ops.native import MessageKernels, message_kernels
 from fairchem_equiformer.ops.rotate import (
-    ChunkFrames,
     add_to_ends,
     rotate_in,
     rotate_in_backward,
@@ -28,7 +28,8 @@ class Message(NamedTuple):
 
     frames: ChunkFrames
     radial: Tensor  # [e, W, 2 C]
-    rotated: tuple[Tensor, Tensor] | None  # D x_source, D x_target [e, R, C]; None: made again
+    # D x_source, D x_target [e, R, C]; or the kernels, which make them again.
+    rotated: tuple[Tensor, Tensor] | MessageKernels
 
 
 def message(
@@ -50,7 +51,7 @@ def message(
     if kernels is not None:
         ends = frames.source, frames.target + frames.nodes.start
         scaled = kernels.forward(x, frames.compact, *ends, radial)
-        return scaled, Message(frames, radial, None)
+        return scaled, Message(frames, radial, kernels)
     rotated = rotate_in(x, frames)
     channels = x.shape[2]
     scaled = x.new_empty(len(radial), layout.num_rows, 2 * channels)
@@ -78,11 +79,9 @@ def message_backward(
         [e, W, 2 C].
     """
     frames, radial = sent.frames, sent.radial
-    if sent.rotated is None:
-        kernels = message_kernels(x, radial, layout, by_degree=by_degree)
-        assert kernels is not None  # noqa: S101  # they made the messages
+    if isinstance(sent.rotated, MessageKernels):
         ends = frames.source, frames.target + frames.nodes.start
-        radial_grad, *ends_grad = kernels.backward(grad, x, frames.compact, *ends, radial)
+        radial_grad, *ends_grad = sent.rotated.backward(grad, x, frames.compact, *ends, radial)
         add_to_ends(ends_grad[0], ends_grad[1], frames, x_grad)
         return radial_grad
     channels = x.shape[2]

@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops.native import GaussianKernels, gaussian_kernels, norm_silu_kernels
+from fairchem_equiformer.ops.native import (
+    GaussianKernels,
+    NormSiLUKernels,
+    gaussian_kernels,
+    norm_silu_kernels,
+)
 
-# Nothing beside 1 (4e-18). Of smaller values come subnormal numbers, ten times as slow.
+# Negligible beside 1 (4e-18). Smaller values lead to subnormal numbers, ten times as slow.
 _LEAST_EXPONENT = -40.0
 _EPSILON = 1e-5  # of the layer norms
 
@@ -69,7 +74,7 @@ class EdgeScalars(NamedTuple):
     source_element: Tensor  # [E]
     target_element: Tensor  # [E]
 
-    def of(self, edges: slice) -> EdgeScalars:
+    def select(self, edges: slice) -> EdgeScalars:
         """The same for some of the edges."""
         return EdgeScalars(*(field[edges] for field in self))
 
@@ -199,25 +204,25 @@ class _NormSiLU(torch.autograd.Function):
     """With the compiled kernels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernels: NormSiLUKernels, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        ctx.kernels = kernels
         ctx.save_for_backward(x, weight, bias)
-        kernels = norm_silu_kernels(x, weight, bias, _EPSILON)
-        assert kernels is not None  # noqa: S101  # _norm_silu has asked
         return kernels.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        kernels = norm_silu_kernels(x, weight, bias, _EPSILON)
-        assert kernels is not None  # noqa: S101
-        return kernels.backward(x, weight, bias, grad)
+        return None, *ctx.kernels.backward(x, weight, bias, grad)
 
 
 def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU of the layer norm of x [E, H]."""
-    if norm_silu_kernels(x, weight, bias, _EPSILON):
-        out: Tensor = _NormSiLU.apply(x, weight, bias)
+    kernels = norm_silu_kernels(x, weight, bias, _EPSILON)
+    if kernels is not None:
+        out: Tensor = _NormSiLU.apply(kernels, x, weight, bias)
         return out
     return F.silu(F.layer_norm(x, x.shape[1:], weight, bias, _EPSILON))
 

@@ -2,58 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.edges import Edges
-from fairchem_equiformer.ops.segments import Chunk, segment_sum
+from fairchem_equiformer.ops.edges import ChunkFrames
+from fairchem_equiformer.ops.segments import segment_sum
 from fairchem_equiformer.so3.layout import Layout
-from fairchem_equiformer.so3.wigner import expand_rotations
-
-
-@dataclass(frozen=True)
-class ChunkFrames:
-    """Rotations and indices of one chunk: e edges, n target atoms."""
-
-    compact: Tensor  # [e, entries] rotations without their zeros (so3/wigner.py)
-    layout: Layout  # of the edge frame
-    source: Tensor  # [e], atom in the batch
-    target: Tensor  # [e], atom in the chunk
-    target_ptr: Tensor  # [n + 1], edges of the i-th target are target_ptr[i]:target_ptr[i + 1]
-    nodes: slice  # target atoms in the batch
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of target atoms."""
-        return int(self.nodes.stop - self.nodes.start)
-
-    @cached_property
-    def rotation(self) -> Tensor:
-        """[e, R, K], m-major rows by l-major columns."""
-        return expand_rotations(self.compact, self.layout)
-
-    def rotation_of(self, wanted: Layout) -> Tensor:
-        """The rows and columns of fewer degrees and orders."""
-        if wanted == self.layout:
-            return self.rotation
-        rows = [self.layout.m_major.index(row) for row in wanted.m_major]
-        columns = slice(wanted.lmin**2, (wanted.lmax + 1) ** 2)
-        return self.rotation[:, rows][:, :, columns]
-
-
-def chunk_frames(edges: Edges, chunk: Chunk) -> ChunkFrames:
-    """Rotations and indices of one chunk."""
-    return ChunkFrames(
-        edges.rotations[chunk.edges],
-        edges.layout,
-        edges.source[chunk.edges],
-        edges.target[chunk.edges] - chunk.nodes.start,
-        edges.target_ptr[chunk.rows.start : chunk.rows.stop + 1] - chunk.edges.start,
-        chunk.nodes,
-    )
 
 
 def rotate_in(x: Tensor, frames: ChunkFrames) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops.native import grid_kernels
+from fairchem_equiformer.ops.native import GridKernels, grid_kernels
 from fairchem_equiformer.so3.grid import Grid
 
 _CPU_GRID_BYTES = 3 * 2**20  # of one piece; about the second-level cache of the cores that share it
@@ -43,14 +43,14 @@ def project(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 class _S2Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor | None, grid: Grid) -> Tensor:
+        kernels = grid_kernels(grid, x)
+        ctx.grid, ctx.kernels = grid, kernels
         ctx.save_for_backward(x, gates)
-        ctx.grid = grid
         num_scalars = 0 if gates is None else 1
         out = x.new_empty(len(x), num_scalars + grid.from_grid.shape[1], x.shape[2])
         if gates is not None:
             out[:, 0] = F.silu(gates)
         y = out[:, num_scalars:]
-        kernels = grid_kernels(grid, x)
         if kernels is not None:
             kernels.activation(x, y)
             return out
@@ -62,15 +62,14 @@ class _S2Activation(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (x, gates), grid = ctx.saved_tensors, ctx.grid
+        (x, gates), grid, kernels = ctx.saved_tensors, ctx.grid, ctx.kernels
         if gates is None:
-            return _backward(x, grad, grid), None, None
+            return _backward(x, grad, grid, kernels), None, None
         gates_grad = torch.ops.aten.silu_backward(grad[:, 0], gates)
-        return _backward(x, grad[:, 1:], grid), gates_grad, None
+        return _backward(x, grad[:, 1:], grid, kernels), gates_grad, None
 
 
-def _backward(x: Tensor, grad: Tensor, grid: Grid) -> Tensor:
-    kernels = grid_kernels(grid, x)
+def _backward(x: Tensor, grad: Tensor, grid: Grid, kernels: GridKernels | None) -> Tensor:
     if kernels is not None:
         return kernels.activation_backward(x, grad)
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -6,18 +6,27 @@ ops run their reference. The variable ``FAIRCHEM_EQUIFORMER_KERNELS`` decides ot
 ``reference`` never uses the library, ``native`` refuses to run without it, ``auto`` is the default.
 """
 
-from fairchem_equiformer.ops.native.attention import LogitKernels, logit_kernels, softmax_kernels
-from fairchem_equiformer.ops.native.edges import aggregate_kernels, message_kernels
-from fairchem_equiformer.ops.native.grid import grid_kernels
+from fairchem_equiformer.ops.native.aggregate import aggregate_kernels
+from fairchem_equiformer.ops.native.attention_softmax import (
+    LogitKernels,
+    logit_kernels,
+    softmax_kernels,
+)
+from fairchem_equiformer.ops.native.message import MessageKernels, message_kernels
 from fairchem_equiformer.ops.native.radial import (
     GaussianKernels,
+    NormSiLUKernels,
     gaussian_kernels,
     norm_silu_kernels,
 )
+from fairchem_equiformer.ops.native.s2_grid import GridKernels, grid_kernels
 
 __all__ = [
     "GaussianKernels",
+    "GridKernels",
     "LogitKernels",
+    "MessageKernels",
+    "NormSiLUKernels",
     "aggregate_kernels",
     "gaussian_kernels",
     "grid_kernels",

@@ -124,7 +124,7 @@ FOR_EVERY_CPU void aggregate_edges_backward(const Rows& rows, const float* rotat
 
 extern "C" {
 
-// Null, or what such sizes do not fit.
+// Null where such sizes fit, or else what does not.
 const char* aggregate_misfit(const Rows* rows, int64_t value_channels) {
   return misfit_of_rows(*rows, value_channels);
 }

@@ -20,7 +20,7 @@ class Floats:
     dtype: ClassVar[torch.dtype] = torch.float32
 
     @classmethod
-    def of(cls, tensor: Tensor) -> int:
+    def address(cls, tensor: Tensor) -> int:
         """Address of the numbers, for a field of a struct.
 
         Raises:
@@ -33,7 +33,7 @@ class Floats:
     @classmethod
     def from_param(cls, tensor: Tensor) -> c_void_p:
         """Address of the numbers, for an argument: ctypes calls this."""
-        return c_void_p(cls.of(tensor))
+        return c_void_p(cls.address(tensor))
 
 
 class Indices(Floats):
@@ -52,7 +52,7 @@ class NormStruct(ctypes.Structure):
 
 
 class LogitsStruct(ctypes.Structure):
-    """``struct Logits`` of attention.cpp."""
+    """``struct Logits`` of attention_softmax.cpp."""
 
     _fields_ = (
         ("norm", NormStruct),
@@ -132,7 +132,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         None,
         (_ROWS, _F, _F, _I, _F, _F, _N, _N, _F, _F, _N, _THREADS),
     ),
-    # attention.cpp
+    # attention_softmax.cpp
     "logits_misfit": (c_char_p, (_N,)),
     "attention_logits": (None, (_LOGITS, _F, _N, _F, _N, _THREADS)),
     "attention_logits_backward": (None, (_LOGITS, _F, _N, _F, _F, _F, _N, _THREADS)),

@@ -81,6 +81,11 @@ def usable(*tensors: Tensor) -> ctypes.CDLL | None:
     return library()
 
 
+def dense_items(x: Tensor) -> Tensor:
+    """[B, R, C] whose items are dense; they may lie apart. It itself, where it is so."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
 def fits(kernel: str, channels: int, misfit: bytes | None) -> bool:
     """Whether a kernel takes such sizes; if not, the log says so once.
 

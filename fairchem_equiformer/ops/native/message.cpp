@@ -110,7 +110,7 @@ extern "C" {
 
 int64_t sizeof_Rows() { return sizeof(Rows); }
 
-// Null, or what such sizes do not fit.
+// Null where such sizes fit, or else what does not.
 const char* message_misfit(const Rows* rows, int64_t channels) {
   return misfit_of_rows(*rows, channels);
 }

@@ -5,13 +5,13 @@
 
 #include "simd.h"
 
-// Whether channels are as many whole vectors as one of Vs.
+// Whether the channels are V whole vectors for one V of Vs.
 template <int... Vs>
 constexpr bool is_width(int64_t channels) {
   return ((channels == Vs * LANES) || ...);
 }
 
-// Calls work(V) for the V among Vs that the channels are vectors.
+// Calls work(V) for that V.
 template <int... Vs, typename Work>
 INLINE void for_width(int64_t channels, const Work& work) {
   ((channels == Vs * LANES ? work(Vectors<Vs>{}) : void()), ...);

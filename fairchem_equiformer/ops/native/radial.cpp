@@ -1,4 +1,4 @@
-// The radial function but for its later matrix products; ops/radial.py says what. Of the 600
+// The radial function except its later matrix products; ops/radial.py says what. Of the 600
 // Gaussians of a distance, the 37 or so that are not negligible are added up.
 
 #include <cstring>
@@ -179,7 +179,7 @@ int64_t sizeof_Gaussians() { return sizeof(Gaussians); }
 
 int64_t sizeof_Tables() { return sizeof(Tables); }
 
-// Null, or what such sizes do not fit.
+// Null where such sizes fit, or else what does not.
 const char* gaussians_misfit(const Gaussians* basis, int64_t width) {
   if (basis->window > MAX_WINDOW) return "more than 128 Gaussians overlap";
   return misfit_of_width(width);
@@ -203,7 +203,7 @@ void gaussians_times_backward(const Gaussians* basis, const float* distance, con
 
 int64_t sizeof_Norm() { return sizeof(Norm); }
 
-// Null, or what such sizes do not fit.
+// Null where such sizes fit, or else what does not.
 const char* norm_misfit(int64_t channels) {
   return is_width<1, 2, 4, 8>(channels) ? nullptr : "their number is not 16, 32, 64 or 128";
 }

@@ -1,4 +1,4 @@
-"""The radial function but for its later matrix products (radial.cpp)."""
+"""The radial function except its later matrix products (radial.cpp)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fairchem_equiformer.ops.native.loader import fits, usable
 
 
 class GaussianKernels:
-    """Gaussians at equal spacing times a matrix [B, H], without those that are nothing."""
+    """Gaussians at equal spacing times a matrix [B, H], without those that are negligible."""
 
     def __init__(
         self, kernels: ctypes.CDLL, centers: Tensor, coefficient: float, least_exponent: float
@@ -33,7 +33,7 @@ class GaussianKernels:
         reach = math.sqrt(least_exponent / coefficient)
         window = min(count, math.ceil(2 * reach / spacing) + 2)
         sizes = (count, window, spacing, coefficient, reach)
-        self.struct = GaussiansStruct(Floats.of(self._centers), *sizes)
+        self.struct = GaussiansStruct(Floats.address(self._centers), *sizes)
 
     def forward(
         self,
@@ -55,9 +55,9 @@ class GaussianKernels:
         """
         distance, matrix, bias = distance.contiguous(), matrix.contiguous(), bias.contiguous()
         lookups = [(table.contiguous(), index.contiguous()) for table, index in lookups]
-        tables = TablesStruct(Floats.of(bias), count=len(lookups))
+        tables = TablesStruct(Floats.address(bias), count=len(lookups))
         for i, (table, index) in enumerate(lookups):
-            tables.rows[i], tables.index[i] = Floats.of(table), Indices.of(index)
+            tables.rows[i], tables.index[i] = Floats.address(table), Indices.address(index)
         out = matrix.new_empty(len(distance), matrix.shape[1])
         self._kernels.gaussians_times(
             self.struct,
@@ -138,7 +138,7 @@ class NormSiLUKernels:
         return x_grad, weight_grad, bias_grad
 
     def _norm(self, weight: Tensor, bias: Tensor) -> NormStruct:
-        return NormStruct(Floats.of(weight), Floats.of(bias), self.epsilon)
+        return NormStruct(Floats.address(weight), Floats.address(bias), self.epsilon)
 
 
 def norm_silu_kernels(

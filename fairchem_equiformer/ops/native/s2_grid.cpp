@@ -323,7 +323,7 @@ extern "C" {
 
 int64_t sizeof_Grid() { return sizeof(Grid); }
 
-// Null, or what such sizes do not fit: the limits of the arrays above, and whole vectors.
+// Null where the arrays above hold such sizes and vectors are whole, or else what does not fit.
 const char* s2_grid_misfit(const Grid* grid, int64_t channels) {
   if (grid->longitudes > MAX_LONGITUDES) return "the grid has more than 64 longitudes";
   if (grid->orders > MAX_ORDERS || grid->rows_in > MAX_ROWS || grid->rows_out > MAX_ROWS)

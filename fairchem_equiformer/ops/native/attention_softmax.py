@@ -1,4 +1,4 @@
-"""Attention logits and their softmax (attention.cpp)."""
+"""Attention logits and their softmax (attention_softmax.cpp)."""
 
 from __future__ import annotations
 
@@ -9,37 +9,41 @@ import torch
 from torch import Tensor
 
 from fairchem_equiformer.ops.native.interface import Floats, LogitsStruct, NormStruct
-from fairchem_equiformer.ops.native.loader import fits, usable
+from fairchem_equiformer.ops.native.loader import dense_items, fits, usable
+
+Norm = tuple[Tensor, Tensor] | None  # weight and bias [A]
 
 
+@dataclass(frozen=True)
 class LogitKernels:
-    """a . SmoothLeakyReLU(LN(s)) for every head; s is [E, heads, A] in all of them."""
+    """a . SmoothLeakyReLU(LN(s)) for every head; s is [E, heads, A] and a is [heads, A]."""
 
-    def __init__(
-        self, kernels: ctypes.CDLL, norm: tuple[Tensor, Tensor] | None, dot: Tensor, epsilon: float
-    ) -> None:
-        self._kernels = kernels
-        self._tensors = (*(norm or ()), dot.contiguous())  # must outlive the pointers
-        self.shape = dot.shape
-        norm_struct = NormStruct(*map(Floats.of, norm or ()), epsilon=epsilon)
-        self.struct = LogitsStruct(norm_struct, Floats.of(self._tensors[-1]), *dot.shape)
+    kernels: ctypes.CDLL
+    epsilon: float  # of the layer norm
 
-    def forward(self, scalars: Tensor) -> Tensor:
+    def forward(self, scalars: Tensor, norm: Norm, dot: Tensor) -> Tensor:
         """Logits [E, heads]."""
-        scalars = _heads_contiguous(scalars)
+        scalars, dot = dense_items(scalars), dot.contiguous()
         out = scalars.new_empty(scalars.shape[:2])
-        self._kernels.attention_logits(
-            self.struct, scalars, scalars.stride(0), out, len(scalars), torch.get_num_threads()
+        self.kernels.attention_logits(
+            self._struct(norm, dot),
+            scalars,
+            scalars.stride(0),
+            out,
+            len(scalars),
+            torch.get_num_threads(),
         )
         return out
 
-    def backward(self, scalars: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(
+        self, scalars: Tensor, norm: Norm, dot: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of the scalars, of weight and bias of the norm [A], and of a [heads, A]."""
-        scalars, grad = _heads_contiguous(scalars), grad.contiguous()
+        scalars, dot, grad = dense_items(scalars), dot.contiguous(), grad.contiguous()
         scalars_grad = scalars.new_empty(scalars.shape)
-        sums = scalars.new_zeros(self.shape[0], 3, self.shape[1])
-        self._kernels.attention_logits_backward(
-            self.struct,
+        sums = scalars.new_zeros(len(dot), 3, dot.shape[1])
+        self.kernels.attention_logits_backward(
+            self._struct(norm, dot),
             scalars,
             scalars.stride(0),
             grad,
@@ -51,22 +55,18 @@ class LogitKernels:
         weight, bias = sums[:, :2].sum(0)
         return scalars_grad, weight, bias, sums[:, 2]
 
-
-def _heads_contiguous(scalars: Tensor) -> Tensor:
-    """[E, heads, A] whose items are dense; they may lie apart."""
-    dense = scalars.stride()[1:] == (scalars.shape[2], 1)
-    return scalars if dense else scalars.contiguous()
+    def _struct(self, norm: Norm, dot: Tensor) -> LogitsStruct:
+        norm_struct = NormStruct(*map(Floats.address, norm or ()), epsilon=self.epsilon)
+        return LogitsStruct(norm_struct, Floats.address(dot), *dot.shape)
 
 
-def logit_kernels(
-    scalars: Tensor, norm: tuple[Tensor, Tensor] | None, dot: Tensor, epsilon: float
-) -> LogitKernels | None:
+def logit_kernels(scalars: Tensor, norm: Norm, dot: Tensor, epsilon: float) -> LogitKernels | None:
     """Kernels for such scalars and weights; None where the reference has to run."""
     kernels = usable(scalars, dot, *(norm or ()))
     channels = dot.shape[1]
     if kernels is None or not fits("attention logits", channels, kernels.logits_misfit(channels)):
         return None
-    return LogitKernels(kernels, norm, dot, epsilon)
+    return LogitKernels(kernels, epsilon)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Attention weights of edges: logits from scalars, and softmax over each target (paper, Fig. 1b).
+"""Attention logits of edges from scalars, and softmax over each target (paper, Fig. 1b).
 
 z     = a . SmoothLeakyReLU(LN(s))
 alpha = softmax over the edges of a target of z
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops.edges import ChunkFrames
 from fairchem_equiformer.ops.native import LogitKernels, logit_kernels, softmax_kernels
-from fairchem_equiformer.ops.rotate import ChunkFrames
 from fairchem_equiformer.ops.segments import segment_softmax, segment_sum
 
 _EPSILON = 1e-5  # of the layer norm
@@ -25,30 +25,31 @@ class _AttentionLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scalars: Tensor, weight: Tensor | None, bias: Tensor | None, dot: Tensor
+        ctx: Any,
+        kernels: LogitKernels,
+        scalars: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        dot: Tensor,
     ) -> Tensor:
+        ctx.kernels = kernels
         ctx.save_for_backward(scalars, weight, bias, dot)
-        kernels = _kernels(scalars, weight, bias, dot)
-        assert kernels is not None  # noqa: S101  # attention_logits has asked
-        return kernels.forward(scalars)
+        return kernels.forward(scalars, _norm(weight, bias), dot)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scalars, weight, bias, dot = ctx.saved_tensors
-        kernels = _kernels(scalars, weight, bias, dot)
-        assert kernels is not None  # noqa: S101
-        scalars_grad, weight_grad, bias_grad, dot_grad = kernels.backward(scalars, grad)
+        scalars_grad, weight_grad, bias_grad, dot_grad = ctx.kernels.backward(
+            scalars, _norm(weight, bias), dot, grad
+        )
         if weight is None:
-            return scalars_grad, None, None, dot_grad
-        return scalars_grad, weight_grad, bias_grad, dot_grad
+            return None, scalars_grad, None, None, dot_grad
+        return None, scalars_grad, weight_grad, bias_grad, dot_grad
 
 
-def _kernels(
-    scalars: Tensor, weight: Tensor | None, bias: Tensor | None, dot: Tensor
-) -> LogitKernels | None:
-    norm = None if weight is None or bias is None else (weight, bias)
-    return logit_kernels(scalars, norm, dot, _EPSILON)
+def _norm(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if weight is None or bias is None else (weight, bias)
 
 
 def attention_logits(scalars: Tensor, norm: tuple[Tensor, Tensor] | None, dot: Tensor) -> Tensor:
@@ -66,8 +67,9 @@ def attention_logits(scalars: Tensor, norm: tuple[Tensor, Tensor] | None, dot: T
     """
     s = scalars.to(dot.dtype)
     weight, bias = norm or (None, None)
-    if _kernels(s, weight, bias, dot):
-        logits: Tensor = _AttentionLogits.apply(s, weight, bias, dot)
+    kernels = logit_kernels(s, norm, dot, _EPSILON)
+    if kernels is not None:
+        logits: Tensor = _AttentionLogits.apply(kernels, s, weight, bias, dot)
         return logits
     if norm is not None:
         s = F.layer_norm(s, s.shape[2:], weight, bias, _EPSILON)

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from fairchem_equiformer.ops.native.interface import Floats, GridStruct, Indices
-from fairchem_equiformer.ops.native.loader import fits, usable
+from fairchem_equiformer.ops.native.loader import dense_items, fits, usable
 from fairchem_equiformer.so3.grid import Grid
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """[B, R, C] whose items are dense; they may lie apart."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 class GridKernels:
@@ -30,36 +25,37 @@ class GridKernels:
         rows_out = grid.factors.latitude_out.shape[1]
         sizes = (latitudes, longitudes, orders, rows_in, rows_out)
         *factors, order_in, order_out = grid.factors
-        orders_of_rows = Indices.of(order_in), Indices.of(order_out)
-        self.struct = GridStruct(*map(Floats.of, factors), *orders_of_rows, *sizes)
+        orders_of_rows = Indices.address(order_in), Indices.address(order_out)
+        self.struct = GridStruct(*map(Floats.address, factors), *orders_of_rows, *sizes)
 
     def _call(self, name: str, x: Tensor, *arguments: Any) -> None:
         end = len(x), x.shape[2], torch.get_num_threads()
         getattr(self._kernels, name)(self.struct, *arguments, *end)
 
     def activation(self, x: Tensor, y: Tensor) -> None:
-        """Write G^-1 SiLU(G x) to y [B, S, C], whose items are dense."""
-        x = _rows_contiguous(x)
-        assert _rows_contiguous(y) is y  # noqa: S101
+        """Write G^-1 SiLU(G x) to y [B, S, C], whose items must be dense."""
+        if dense_items(y) is not y:
+            raise ValueError(f"items of shape {y.shape[1:]} lie at strides {y.stride()[1:]}")
+        x = dense_items(x)
         self._call("s2_activation", x, x, x.stride(0), y, y.stride(0))
 
     def activation_backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of :meth:`activation`: [B, R, C]."""
-        x, grad = _rows_contiguous(x), _rows_contiguous(grad)
+        x, grad = dense_items(x), dense_items(grad)
         x_grad = x.new_empty(x.shape)
         self._call("s2_activation_backward", x, x, x.stride(0), grad, grad.stride(0), x_grad)
         return x_grad
 
     def samples(self, x: Tensor) -> Tensor:
         """SiLU(G x): [B, P, C]."""
-        x = _rows_contiguous(x)
+        x = dense_items(x)
         out = x.new_empty(len(x), self.shape[0], x.shape[2])
         self._call("silu_samples", x, x, x.stride(0), out)
         return out
 
     def samples_backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of :meth:`samples`, given that of its result: [B, R, C]."""
-        x, grad = _rows_contiguous(x), grad.contiguous()
+        x, grad = dense_items(x), grad.contiguous()
         x_grad = x.new_empty(x.shape)
         self._call("silu_samples_backward", x, x, x.stride(0), grad, x_grad)
         return x_grad
@@ -73,7 +69,7 @@ class GridKernels:
 
     def integral_backward(self, samples: Tensor, grad: Tensor) -> Tensor:
         """Gradient of :meth:`integral`, given that of its result: [B, P, C]."""
-        samples, grad = samples.contiguous(), _rows_contiguous(grad)
+        samples, grad = samples.contiguous(), dense_items(grad)
         out = torch.empty_like(samples)
         self._call("integrate_silu_backward", samples, samples, grad, grad.stride(0), out)
         return out

@@ -1,4 +1,4 @@
-// Attention logits z = a . SmoothLeakyReLU(LN(s)), and their softmax; ops/attention_weights.py says
+// Attention logits z = a . SmoothLeakyReLU(LN(s)), and their softmax; ops/attention_softmax.py says
 // what. The smooth leaky ReLU is u (0.2 + 0.8 sigmoid(u)).
 
 #include <algorithm>
@@ -99,7 +99,7 @@ extern "C" {
 
 int64_t sizeof_Logits() { return sizeof(Logits); }
 
-// Null, or what such sizes do not fit.
+// Null where such sizes fit, or else what does not.
 const char* logits_misfit(int64_t channels) {
   return is_width<1, 2, 4>(channels) ? nullptr : "their number is not 16, 32 or 64";
 }
