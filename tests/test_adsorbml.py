@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -684,6 +685,14 @@ class TestDemo:
 
     def test_takes_the_newest_checkpoint(self, tmp_path):
         assert demo.newest_checkpoint(tmp_path) is None
+        paths = []
+        for age, run in enumerate(("b", "c", "a")):  # neither the first name nor the last
+            paths.append(tmp_path / run / "checkpoints" / "train" / "best_checkpoint.pt")
+            paths[-1].parent.mkdir(parents=True)
+            paths[-1].touch()
+            os.utime(paths[-1], (1e9, 1e9 + age % 2))
+        (tmp_path / "d" / "checkpoints" / "train").mkdir(parents=True)  # stopped before its first
+        assert demo.newest_checkpoint(tmp_path) == paths[1]
 
     @pytest.mark.long
     def test_runs(self, tmp_path, checkpoint):

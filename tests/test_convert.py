@@ -215,6 +215,7 @@ def test_a_checkpoint_that_names_this_package_already(form):
         convert.convert(our_checkpoint(form), "fairchem_equiformer")
 
 
+@pytest.mark.long
 def test_the_command_prints_no_warnings(tmp_path):
     """Such as those of `torch.load` for every file of fairchem's models."""
     torch.save(our_checkpoint("flat"), tmp_path / "ours.pt")

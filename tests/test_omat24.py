@@ -117,19 +117,21 @@ def pretrained(train):
 
 @pytest.mark.long
 def test_predicts_energy_forces_and_stress(pretrained):
+    """Energy and stress are twice as near as what knows the mean alone, on crystals not seen."""
     calculator = OCPCalculator(checkpoint_path=pretrained, cpu=True)
-    errors, sizes = [], []
+    found: dict[str, list] = {"energy": [], "stress": []}
+    exact: dict[str, list] = {"energy": [], "stress": []}
     for seed in range(2000, 2008):
-        atoms, exact = crystal("Cu", seed), crystal("Cu", seed)
-        atoms.calc, exact.calc = calculator, EMT()
-        energy = exact.get_potential_energy()
-        assert atoms.get_potential_energy() == pytest.approx(energy, abs=0.2)
-        assert atoms.get_forces().shape == (4, 3)
-        stress, expected = atoms.get_stress(voigt=False), exact.get_stress(voigt=False)
-        assert np.allclose(stress, stress.T, atol=1e-6)
-        errors.append(np.abs(stress - expected).mean())
-        sizes.append(np.abs(expected).mean())
-    assert np.mean(errors) < 0.5 * np.mean(sizes)
+        for results, calc in ((found, calculator), (exact, EMT())):
+            atoms = crystal("Cu", seed)
+            atoms.calc = calc
+            results["energy"].append(atoms.get_potential_energy())
+            results["stress"].append(atoms.get_stress(voigt=False))
+            assert atoms.get_forces().shape == (4, 3)
+            assert np.allclose(results["stress"][-1], results["stress"][-1].T, atol=1e-6)
+    for key, values in exact.items():
+        spread = np.abs(values - np.mean(values, axis=0)).mean()
+        assert np.abs(np.subtract(found[key], values)).mean() < 0.5 * spread, key
 
 
 @pytest.mark.long
