@@ -12,11 +12,15 @@ import torch
 import yaml
 from fairchem.core import OCPCalculator
 from fairchem.core.common.registry import registry
+from fairchem.core.models.equiformer_v2.eqv2_to_eqv2_hydra import (
+    convert_checkpoint_and_config_to_hydra,
+)
 
 from fairchem_equiformer import convert as convert_command
 from fairchem_equiformer.fairchem1 import cli, convert
 from tests.conftest import make_atoms, make_tiny_config
 from tests.models import relative_error
+from tests.structures import three_slabs
 
 # Gate activation: its results do not depend on the roll that the stock model draws.
 OPTIONS = {"use_gate_act": True, "use_grid_mlp": False, "alpha_drop": 0.0, "drop_path_rate": 0.0}
@@ -225,6 +229,27 @@ def test_the_command_prints_no_warnings(tmp_path):
     )
     assert done.stdout == "theirs.pt: model equiformer_v2\n"
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:equiformer_v2_:DeprecationWarning")
+def test_a_flat_model_becomes_a_hydra_by_fairchems_converter(tmp_path):
+    """It asks for fairchem's name of the flat model; docs/own_data.md says how to give it that."""
+    flat = our_checkpoint("flat")
+    config = yaml.safe_dump(make_tiny_config("none") | {"model": "read from the checkpoint"})
+    (tmp_path / "flat.yml").write_text(config)
+    torch.save(convert.convert(flat, "fairchem"), tmp_path / "flat.pt")
+    names = ("flat.yml", "flat.pt", "hydra.yml", "hydra.pt")
+    convert_checkpoint_and_config_to_hydra(*(str(tmp_path / name) for name in names))
+    ours = convert.convert(load(tmp_path / "hydra.pt"), "fairchem_equiformer")
+    hydra = convert._build(ours["config"]["model"])
+    state = {name.removeprefix("module."): p for name, p in ours["state_dict"].items()}
+    hydra.load_state_dict(state)
+    model = convert._build(flat["config"]["model"])
+    model.load_state_dict(flat["state_dict"])
+    with torch.no_grad():
+        expected, found = model.eval()(three_slabs()), hydra.eval()(three_slabs())
+    for key, value in expected.items():
+        assert torch.equal(found[key][key], value)
 
 
 def break_name(checkpoint):
