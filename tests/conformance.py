@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from tests.models import gradients, random_loss, relative_error
+from tests.models import gradients, random_loss
 from tests.structures import batch_of, in_double, moved, single_atom, slab, three_slabs
-
-# Another order of sums in float32, and nothing else; and in float64.
-ROUNDING = 1e-5
-EXACT = 1e-10
-# All of a model in float32, distances included, against float64.
-SINGLE = 5e-5
+from tests.tolerances import assert_all_close
 
 Outputs = dict[str, Tensor]
 
@@ -34,12 +29,6 @@ def predict(model: nn.Module, data: Batch) -> Outputs:
 def in_float64(model: nn.Module, structure: Data) -> Outputs:
     """Prediction in float64, where rounding of distances does not hide an error."""
     return predict(model.double(), in_double(batch_of(structure)))
-
-
-def assert_close(out: Outputs, expected: Outputs, tolerance: float = ROUNDING) -> None:
-    assert out.keys() == expected.keys()
-    for key, value in expected.items():
-        assert relative_error(out[key], value) < tolerance, key
 
 
 def assert_same_bits(out: Outputs, expected: Outputs) -> None:
@@ -100,7 +89,7 @@ class Conformance:
         single = predict(model, data)
         double = predict(model.double(), in_double(data))
         assert {value.dtype for value in double.values()} == {torch.float64}
-        assert_close({key: value.double() for key, value in single.items()}, double, SINGLE)
+        assert_all_close(single, double, "all in float32")
 
     def test_every_parameter_gets_a_gradient(self):
         """Data-parallel training waits for all of them, at every step."""
@@ -134,7 +123,7 @@ class Conformance:
         for index, structure in enumerate(structures):
             part = {key: together[key][index : index + 1] for key in self.SYSTEM}
             part |= {key: together[key].split(sizes)[index] for key in self.VECTORS}
-            assert_close(part, predict(model, batch_of(structure)))
+            assert_all_close(part, predict(model, batch_of(structure)), "outputs")
 
     def test_order_of_atoms(self):
         structure, model = slab("Pt", "CH3OH"), self.build()
@@ -145,19 +134,19 @@ class Conformance:
         expected = predict(model, batch_of(structure))
         for key in self.VECTORS:
             expected[key] = expected[key][order]
-        assert_close(predict(model, batch_of(permuted)), expected)
+        assert_all_close(predict(model, batch_of(permuted)), expected, "outputs")
 
     def test_translation(self):
         structure, model = in_double(slab("Pt", "CH3OH")), self.build()
         shifted = moved(structure, shift=torch.tensor([0.75, -1.25, 2.5]))
-        assert_close(in_float64(model, shifted), in_float64(model, structure), EXACT)
+        assert_all_close(in_float64(model, shifted), in_float64(model, structure), "outputs")
 
     def test_positions_outside_the_cell(self):
         """Each atom moved by lattice vectors of its own, up to two cells away."""
         structure, model = in_double(slab("Pt", "CH3OH")), self.build()
         cells = torch.randint(-2, 3, (structure.natoms, 3)).double()
         unwrapped = moved(structure, shift=cells @ structure.cell[0])
-        assert_close(in_float64(model, unwrapped), in_float64(model, structure), EXACT)
+        assert_all_close(in_float64(model, unwrapped), in_float64(model, structure), "outputs")
 
     def test_supercell(self):
         """Twice the cell holds twice the energy, with the same vectors on both copies."""
@@ -173,7 +162,7 @@ class Conformance:
             expected[key] = 2 * expected[key]
         for key in self.VECTORS:
             expected[key] = expected[key].repeat(2, 1)
-        assert_close(in_float64(model, double), expected, EXACT)
+        assert_all_close(in_float64(model, double), expected, "outputs")
 
     # few atoms, or none
 

@@ -1,4 +1,4 @@
-"""The flat model and fairchem's, small and on the same weights, and how results are compared."""
+"""The flat model and fairchem's, small and on the same weights."""
 
 from __future__ import annotations
 
@@ -115,11 +115,3 @@ def results(model: nn.Module, data: Batch) -> tuple[dict[str, Tensor], dict[str,
 def gradients(model: nn.Module, data: Batch) -> dict[str, Tensor]:
     """The second of `results`."""
     return results(model, data)[1]
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Largest difference over the reference's largest entry (the maximum norm)."""
-    assert value.shape == reference.shape
-    if reference.numel() == 0:
-        return 0.0
-    return float((value - reference).abs().max() / reference.abs().max().clamp_min(1e-30))

@@ -33,12 +33,12 @@ from tests.models import (
     KEYS,
     fix_roll,
     ours,
-    relative_error,
     results,
     scatter_weights,
     stock_class,
 )
 from tests.structures import batch_of, in_double, moved, single_atom, slab, three_slabs
+from tests.tolerances import assert_all_close, assert_close
 
 HEADS = {
     "energy": {"module": "fairchem_equiformer.EnergyHead"},
@@ -127,11 +127,10 @@ class TestEqual:
         (expected, reference), (outputs, gradients) = (
             results(model, three_slabs()) for model in (theirs, own)
         )
-        for key, value in expected.items():
-            assert relative_error(outputs[key], value) < 1e-5, key
+        assert_all_close(outputs, expected, "outputs")
         for name, value in reference.items():
             if value is not None:
-                assert relative_error(gradients[name], value) < 3e-5, name
+                assert_close(gradients[name], value, "gradients", name=name)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +160,15 @@ def test_stress_equals_fairchems(options, norm_type):
         results(model, three_slabs()) for model in (theirs, own)
     )
     norm = "output_heads.stress.sphharm_norm"
-    assert outputs.keys() == expected.keys()
-    for key, value in expected.items():
-        assert outputs[key].shape == value.shape
-        assert relative_error(outputs[key], value) < 1e-5, key
+    assert_all_close(outputs, expected, "outputs")
     for name, value in reference.items():
         if value is not None:
             # One number each. The bias is a sum that all but cancels; against float64 fairchem's is
             # off by 6e-5. The weight of a norm of one channel has no influence: in float64 its
             # gradient is zero, and in float32 a millionth of the bias's.
             cancels = name.startswith(f"{norm}.") and (value.numel() == 1 or "bias" in name)
-            tolerance = 1e-3 if cancels else 3e-5
-            assert relative_error(gradients[name], value) < tolerance, name
+            kind = "gradients that cancel" if cancels else "gradients"
+            assert_close(gradients[name], value, kind, name=name)
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.4."), reason="later ones do not warn")
@@ -205,8 +201,8 @@ class TestStress:
         model = self.model()
         with torch.no_grad():
             stress, rotated = model(batch_of(data))["stress"], model(batch_of(turned))["stress"]
-        assert relative_error(rotated, rotation @ stress @ rotation.T) < 1e-8
-        assert relative_error(stress.T, stress) < 1e-12
+        assert_close(rotated, rotation @ stress @ rotation.T, "outputs")
+        assert_close(stress.T, stress, "outputs")
 
     def test_parts_turn_as_degrees_0_and_2(self):
         rotation = o3.rand_matrix(dtype=torch.float64)
@@ -215,10 +211,11 @@ class TestStress:
         with torch.no_grad():
             out = model(batch_of(data))
             turned = model(batch_of(moved(data, rotation)))
-        assert relative_error(turned["stress_isotropic"], out["stress_isotropic"]) < 1e-8
+        assert_close(turned["stress_isotropic"], out["stress_isotropic"], "outputs")
         wigner = o3.Irrep("2e").D_from_matrix(rotation)
         expected = out["stress_anisotropic"] @ wigner.T
-        assert relative_error(turned["stress_anisotropic"], expected) < 1e-5  # e3nn's D is float32
+        # e3nn's D is float32
+        assert_close(turned["stress_anisotropic"], expected, "outputs", torch.float32)
 
     def test_alone_or_in_a_batch(self):
         model = hydra({"stress": {**self.LINEAR, "decompose": True, "num_mlp_layers": 2}})
@@ -226,7 +223,7 @@ class TestStress:
             together = model(batch_of(slab("Pt", "CH3OH"), single_atom(), slab("Cu", "CO")))
             alone = model(batch_of(slab("Cu", "CO")))
         for key, value in alone.items():
-            assert relative_error(together[key][2:], value) < 1e-5
+            assert_close(together[key][2:], value, "outputs", name=key)
 
     def test_needs_a_layer(self):
         with pytest.raises(ValueError, match="num_mlp_layers is 0"):
@@ -260,13 +257,13 @@ class TestOutputs:
         data = three_slabs()
         with torch.no_grad():
             expected, mean = theirs(data.clone())["energy"], own(data.clone())["energy"]
-        assert relative_error(mean, expected) < 1e-5
+        assert_close(mean, expected, "outputs")
         total = hydra()
         total.load_state_dict(own.state_dict())
         average = total.backbone.average_num_nodes
         with torch.no_grad():
             energy = total(data.clone())["energy"]
-        assert relative_error(mean * data.natoms, energy * average) < 1e-5
+        assert_close(mean * data.natoms, energy * average, "outputs")
 
     def test_no_autocast_in_heads(self):
         """fairchem turns it off for heads that do not ask: results stay float32."""
@@ -291,7 +288,7 @@ class TestFreeze:
         trained, expected = results(whole, three_slabs())
         assert all(torch.equal(frozen[key], trained[key]) for key in trained)
         for name, value in gradients.items():
-            assert relative_error(value, expected[name]) < 1e-6, name
+            assert_close(value, expected[name], "made again", name=name)
 
 
 def excluded(model):

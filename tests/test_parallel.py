@@ -16,9 +16,10 @@ from fairchem.core.common import gp_utils
 from fairchem.core.modules.loss import DDPLoss
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.models import ours, relative_error, results
+from tests.models import ours, results
 from tests.structures import batch_of, single_atom, slab
 from tests.test_hydra import hydra
+from tests.tolerances import assert_all_close, assert_close
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 
 PROCESSES = 2
-OUTPUT_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 3e-5
 
 MODELS = {
     "flat": ours,
@@ -119,8 +118,7 @@ def processes(tmp_path_factory):
 def assert_gradients(by_process, expected):
     for gradients in by_process:
         for name, value in expected.items():
-            error = relative_error(gradients[f"module.{name}"], value)
-            assert error < GRADIENT_TOLERANCE, name
+            assert_close(gradients[f"module.{name}"], value, "gradients", name=name)
 
 
 @pytest.mark.parametrize("name", DATA_PARALLEL)
@@ -140,9 +138,7 @@ def test_data_parallel(processes, name):
 def test_graph_parallel(processes, name):
     expected, gradients = results(model_of(name), two_structures())
     for saved in processes:
-        for key, value in expected.items():
-            outputs = saved[f"graph-parallel, {name}"][0]
-            assert relative_error(outputs[key], value) < OUTPUT_TOLERANCE, key
+        assert_all_close(saved[f"graph-parallel, {name}"][0], expected, "outputs")
     assert_gradients([saved[f"graph-parallel, {name}"][1] for saved in processes], gradients)
 
 
@@ -151,7 +147,7 @@ def test_graph_parallel_with_fewer_atoms_than_processes(processes):
     by_process = [saved["graph-parallel, single atom"] for saved in processes]
     for outputs, _ in by_process:
         assert torch.equal(outputs["forces"], expected["forces"])
-        assert relative_error(outputs["energy"], expected["energy"]) < OUTPUT_TOLERANCE
+        assert_close(outputs["energy"], expected["energy"], "outputs")
     assert_gradients([of_process for _, of_process in by_process], gradients)
 
 

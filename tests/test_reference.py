@@ -100,11 +100,11 @@ def check(model: EquiformerV2, batch: Batch) -> None:
     expected = torch.autograd.grad(
         weighted_sum(energy, forces), list(trained.values()), allow_unused=True
     )
-    assert_close(out["energy"], energy, "model", name="energy")
-    assert_close(out["forces"], forces, "model", name="forces")
+    assert_close(out["energy"], energy, "formula", name="energy")
+    assert_close(out["forces"], forces, "formula", name="forces")
     for (name, parameter), grad, reference in zip(trained.items(), grads, expected, strict=True):
         wanted = torch.zeros_like(parameter) if reference is None else reference
-        assert_close(grad, wanted, "model", name=name)
+        assert_close(grad, wanted, "formula", name=name)
 
 
 @pytest.mark.parametrize("keys", OPTIONS.values(), ids=OPTIONS.keys())

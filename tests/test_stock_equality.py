@@ -15,11 +15,11 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.preprocessing import AtomsToGraphs
 
 from tests.kernels import called_kernels, with_backward
-from tests.models import KEYS, NARROW, fix_roll, ours, relative_error, results, stock
+from tests.models import KEYS, NARROW, fix_roll, ours, results, stock
 from tests.structures import batch_of, single_atom, slab, slab_atoms, three_slabs
+from tests.tolerances import TOLERANCES, assert_all_close, assert_close, relative_error
 
-OUTPUT_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 3e-5
+ROUNDING = TOLERANCES["outputs"][torch.float32]
 
 GATE = {"use_gate_act": True}
 S2 = {"use_sep_s2_act": False}
@@ -101,16 +101,13 @@ def assert_same(theirs, own, data, slack=1.0) -> None:
     """Outputs and gradients of two models on one batch; ours may be on a GPU."""
     expected, reference = results(theirs, data)
     got, gradients = results(own, data.clone().to(next(own.parameters()).device))
-    assert got.keys() == expected.keys()
+    assert_all_close(got, expected, "outputs", slack=slack)
     assert gradients.keys() == reference.keys()
-    for key, value in expected.items():
-        assert relative_error(got[key].cpu(), value) < slack * OUTPUT_TOLERANCE, key
     for name, value in reference.items():
         if value is None:  # fairchem's answer for a parameter without influence
             assert not gradients[name].any(), name
         else:
-            error = relative_error(gradients[name].cpu(), value)
-            assert error < slack * GRADIENT_TOLERANCE, name
+            assert_close(gradients[name], value, "gradients", name=name, slack=slack)
 
 
 def kernels_of(**changes: Any) -> set[str]:
@@ -169,7 +166,7 @@ def test_given_edges():
     assert_same(theirs, own, data)
     own.otf_graph = True
     found = own(data.clone())["energy"]
-    assert relative_error(found, theirs(data.clone())["energy"]) > 10 * OUTPUT_TOLERANCE
+    assert relative_error(found, theirs(data.clone())["energy"]) > 10 * ROUNDING
 
 
 def test_atom_without_neighbours():
@@ -213,7 +210,7 @@ class TestRoll:
             stacked = torch.stack([call[key] for call in calls])
             mean = stacked.mean(dim=0)
             spread = max(relative_error(call, mean) for call in stacked)
-            assert spread > OUTPUT_TOLERANCE
+            assert spread > ROUNDING
             assert relative_error(value, mean) < 1.5 * spread
 
 

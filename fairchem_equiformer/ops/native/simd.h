@@ -44,7 +44,7 @@ INLINE void load(const float* from, Vec& to) { to = *reinterpret_cast<const Unal
 INLINE void store(const Vec& from, float* to) { *reinterpret_cast<Unaligned*>(to) = from; }
 
 // 2^t of N vectors, 2e-7 relative; t is limited to -126 to 126.
-// Step by step for all of them: each step waits for the one before it, and the other vectors fill the wait.
+// Step by step for all of them: a step waits for the one before it, and other vectors fill the wait.
 template <int N>
 INLINE void power_of_two(const Vec* t, Vec* out) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are t's nearest integer
