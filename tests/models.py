@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -13,6 +14,8 @@ from fairchem_equiformer import EquiformerV2
 from fairchem_equiformer.so3.frames import edge_rotation_matrices
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor, nn
     from torch_geometric.data import Batch
 
@@ -67,19 +70,25 @@ def _grid(lmax: int, mmax: int, **keys: Any) -> so3.SO3_Grid:
     return so3.SO3_Grid(lmax, mmax, **keys)
 
 
-def stock_class(cls: type, **keys: Any) -> Any:
-    """One of fairchem's models, with the S2 grids it uses only, each made once."""
-    module = {
-        equiformer_v2_deprecated.EquiformerV2: equiformer_v2_deprecated,
-        equiformer_v2.EquiformerV2Backbone: equiformer_v2,
-    }[cls]
-    (lmax,), (mmax,) = keys["lmax_list"], keys["mmax_list"]
+@contextmanager
+def used_grids(lmax: int, mmax: int) -> Iterator[None]:
+    """Within, fairchem's models of these degrees have the S2 grids they use only, made once."""
 
     def grid(degree: int, order: int, **rest: Any) -> nn.Module:
         used = degree == lmax and order in (mmax, lmax)
         return _grid(degree, order, **rest) if used else torch.nn.Identity()
 
-    with mock.patch.object(module, "SO3_Grid", grid):
+    with (
+        mock.patch.object(equiformer_v2, "SO3_Grid", grid),
+        mock.patch.object(equiformer_v2_deprecated, "SO3_Grid", grid),
+    ):
+        yield
+
+
+def stock_class(cls: type, **keys: Any) -> Any:
+    """One of fairchem's models, with the S2 grids it uses only, each made once."""
+    (lmax,), (mmax,) = keys["lmax_list"], keys["mmax_list"]
+    with used_grids(lmax, mmax):
         return cls(**keys)
 
 

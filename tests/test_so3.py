@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fairchem_equiformer.so3.frames import edge_angles, edge_rotation_matrices
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import Layout, degree_slices, layout
+from fairchem_equiformer.so3.rank2 import symmetric_tensor
 from fairchem_equiformer.so3.wigner import edge_rotations, expand_rotations, swap_matrix
 from tests import reference
 from tests.tolerances import assert_close
@@ -309,3 +310,12 @@ def test_an_l_major_grid_holds_all_orders():
 def test_a_resolution_that_cannot_resolve_is_refused(resolution):
     with pytest.raises(ValueError, match=f"even resolution of at least 14, got {resolution}"):
         grid(layout(6, 2), resolution, DOUBLE, CPU)
+
+
+def test_symmetric_tensor_of_its_parts():
+    """Parts as e3nn's harmonics of a direction give them: r r^T = |r|^2 / 3 + degree 2."""
+    vector = torch.randn(5, 3, dtype=torch.float64)
+    square = vector.square().sum(1)
+    harmonics = o3.spherical_harmonics(2, vector, normalize=False, normalization="norm")
+    built = symmetric_tensor(square / 3**0.5, harmonics * (2 / 3) ** 0.5)
+    assert torch.allclose(built, vector[:, :, None] * vector[:, None], atol=1e-6)

@@ -61,6 +61,11 @@ class EnergyHead(nn.Module):
         initialize(self, backbone.config.weight_init)
         drop_derived(self)
 
+    @staticmethod
+    def results(output_name: str = "energy", **_: Any) -> list[str]:
+        """Keys of what a head of these config keys gives."""
+        return [output_name]
+
     def forward(self, data: Any, emb: Embedding) -> dict[str, Tensor]:  # noqa: ARG002
         """[B], keyed by ``output_name``."""
         energy = sum_energy(self.energy_block, emb)
@@ -86,6 +91,11 @@ class ForceHead(nn.Module):
         self.force_block = force_block(backbone)
         initialize(self, backbone.config.weight_init)
         drop_derived(self)
+
+    @staticmethod
+    def results(output_name: str = "forces", **_: Any) -> list[str]:
+        """Keys of what a head of these config keys gives."""
+        return [output_name]
 
     def forward(self, data: Any, emb: Embedding) -> dict[str, Tensor]:  # noqa: ARG002
         """[N, 3], keyed by ``output_name``."""
@@ -146,6 +156,12 @@ class StressHead(Rank2Readout):
         initialize(self.block, "uniform")
         drop_derived(self)
 
+    @staticmethod
+    def results(output_name: str = "stress", decompose: bool = False, **_: Any) -> list[str]:
+        """Keys of what a head of these config keys gives."""
+        kinds = ("_isotropic", "_anisotropic") if decompose else ("",)
+        return [output_name + kind for kind in kinds]
+
     def forward(self, data: Any, emb: Embedding) -> dict[str, Tensor]:  # noqa: ARG002
         """Predict.
 
@@ -162,5 +178,4 @@ class StressHead(Rank2Readout):
         parts = [segment_sum(v, graph.batch, graph.num_graphs) / divisor for v in found]
         if not self.block.decompose:
             return {self.output_name: parts[0].reshape(-1, 3)}
-        kinds = ("isotropic", "anisotropic")
-        return {f"{self.output_name}_{kind}": v for kind, v in zip(kinds, parts, strict=True)}
+        return dict(zip(self.results(self.output_name, decompose=True), parts, strict=True))

@@ -26,13 +26,17 @@ _MOST_LISTED = 10
 logger = logging.getLogger(__name__)
 
 
+def is_derived(name: str) -> bool:
+    """Whether fairchem's models save a table that follows from the config under this name."""
+    return name == "distance_expansion.offset" or not _DERIVED.isdisjoint(name.split("."))
+
+
 def drop_derived(module: nn.Module) -> None:
     """Make ``load_state_dict`` ignore the tables that fairchem's models save for ``module``."""
 
     def hook(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            name = key.removeprefix(prefix)
-            if name == "distance_expansion.offset" or not _DERIVED.isdisjoint(name.split(".")):
+            if is_derived(key.removeprefix(prefix)):
                 del state_dict[key]
 
     module._register_load_state_dict_pre_hook(hook)  # noqa: SLF001 (torch has no public one in 2.4)

@@ -1,0 +1,318 @@
+"""What a checkpoint says: the model, its weights, and how predictions get their units."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairchem_equiformer import models
+from fairchem_equiformer.checkpoints import names
+from fairchem_equiformer.checkpoints.potential import Potential
+from fairchem_equiformer.checkpoints.reading import CheckpointError, read
+from fairchem_equiformer.models.config import ModelConfig
+from fairchem_equiformer.models.load_hooks import is_derived
+
+logger = logging.getLogger(__name__)
+
+Config = dict[str, Any]
+
+# Names of normalisers until OCP's 2.0, and what they are called since.
+_OLD_TARGETS = {"target": "energy", "grad_target": "forces"}
+# Keys that ODAC23's configs had for what is called otherwise since.
+_OLD_KEYS = {"norm_scale_nodes": "avg_num_nodes", "norm_scale_degree": "avg_degree"}
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """A prediction in units is ``value * std + mean``."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """A target, and which results of the model it is made of.
+
+    Attributes:
+        level: "system" or "atom".
+        parts: one result; or the isotropic and the anisotropic part of a symmetric tensor, each
+            with a normaliser of its own.
+    """
+
+    level: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of EquiformerV2, whoever wrote it.
+
+    Attributes:
+        path: the file.
+        form: "flat" (one model) or "hydra" (backbone with heads).
+        backbone: keys of :class:`~fairchem_equiformer.models.ModelConfig`.
+        heads: class and keys of each head, as
+            :class:`~fairchem_equiformer.models.EquiformerV2Hydra` takes them; none if flat.
+        weights: by the names of the model in plain PyTorch, in the order of its parameters.
+        averaged: whether the weights were replaced by the moving averages (EMA) beside them.
+        outputs: what it predicts, by target: ``energy``, ``forces``, ``stress``, others.
+        normalizers: by target or part of a target.
+        references: by target, a value [elements] for each atomic number, to be added per atom.
+        config: the whole config, as saved.
+    """
+
+    path: Path
+    form: str
+    backbone: Config
+    heads: dict[str, tuple[type[nn.Module], Config]]
+    weights: dict[str, Tensor] = field(repr=False)
+    averaged: bool
+    outputs: dict[str, Output]
+    normalizers: dict[str, Normalizer]
+    references: dict[str, Tensor] = field(repr=False)
+    config: Config = field(repr=False)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The backbone's keys, checked."""
+        return ModelConfig.from_keys(self.backbone)
+
+    def model(self) -> models.EquiformerV2 | models.EquiformerV2Hydra:
+        """The model in plain PyTorch, with the weights; its results are normalised.
+
+        Raises:
+            CheckpointError: if the weights do not belong to the config; names what differs.
+        """
+        try:
+            model = (
+                models.EquiformerV2(**self.backbone)
+                if self.form == "flat"
+                else models.EquiformerV2Hydra(self.backbone, self.heads)
+            )
+            found = model.load_state_dict(self.weights, strict=False)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: {' '.join(str(error).split())}") from error
+        for problem, keys in (
+            ("its weights lack", found.missing_keys),
+            ("it has weights that the config's model does not:", found.unexpected_keys),
+        ):
+            if keys:
+                raise CheckpointError(f"{self.path}: {problem} {', '.join(keys[:5])}")
+        return model
+
+    def potential(
+        self, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Potential:
+        """The model with its normalisers and references: a batch in, eV and Angstrom out.
+
+        Raises:
+            CheckpointError: as :meth:`model`, or if it predicts neither energy, forces nor stress.
+        """
+        return Potential(self).to(device=device, dtype=dtype).eval()
+
+
+def load(path: str | Path, *, trusted: bool = False) -> Checkpoint:
+    """Read and understand a checkpoint.
+
+    Args:
+        path: the file, of a trainer of fairchem-core 1.10, an older one, or the original release.
+        trusted: see :func:`~fairchem_equiformer.checkpoints.read`.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is none of EquiformerV2; says why in one line.
+    """
+    path = Path(path)
+    content = read(path, trusted=trusted)
+    try:
+        return understand(content, path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def understand(content: Config, path: Path) -> Checkpoint:
+    """What the content of a checkpoint says; `path` is for messages.
+
+    Raises:
+        CheckpointError: if it is none of EquiformerV2; says why in one line.
+    """
+    if not {"state_dict", "config"} <= content.keys():
+        raise CheckpointError("it holds no state_dict and config: not a checkpoint of fairchem")
+    config = content["config"]
+    model = model_section(config)
+    if model["name"] == "hydra":
+        form, backbone, heads = "hydra", *_hydra(model)
+    elif names.FLAT.mean(model["name"]):
+        form, backbone, heads = "flat", _keys(model, "name"), {}
+    else:
+        raise CheckpointError(_unknown("config.model.name", model["name"], (names.FLAT,)))
+    try:
+        checked = ModelConfig.from_keys(backbone)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    weights, averaged = _weights(content, frozen_backbone=bool(model.get("freeze_backbone")))
+    results = _results(heads) if heads else {"energy", "forces"}
+    if form == "flat" and not checked.regress_forces:
+        results.discard("forces")
+    return Checkpoint(
+        path=path,
+        form=form,
+        backbone=backbone,
+        heads=heads,
+        weights=weights,
+        averaged=averaged,
+        outputs=_outputs(config, model, results),
+        normalizers=_normalizers(content, config),
+        references=_references(content),
+        config=config,
+    )
+
+
+def model_section(config: Config) -> Config:
+    """A copy of the section `model`, of today's configs or of the original release's.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    model = config.get("model")
+    if isinstance(model, str):
+        model = {**config.get("model_attributes", {}), "name": model}
+    if not isinstance(model, dict) or "name" not in model:
+        raise CheckpointError("its config names no model (config.model.name)")
+    return copy.deepcopy(model)
+
+
+def _unknown(where: str, name: str, among: tuple[names.Names, ...]) -> str:
+    known = ", ".join(sorted(name for names in among for name in (*names.registered, names.ours)))
+    return f"{where} is {name!r}; known are {known}"
+
+
+def _keys(section: Config, name: str) -> Config:
+    """The model's own keys, by their names of today, without the one that names the class."""
+    return {_OLD_KEYS.get(key, key): value for key, value in section.items() if key != name}
+
+
+def _hydra(model: Config) -> tuple[Config, dict[str, tuple[type[nn.Module], Config]]]:
+    if not (model.get("backbone") and model.get("heads")):
+        raise CheckpointError("config.model is a hydra without backbone or heads of its own")
+    backbone = model["backbone"]
+    if names.find(backbone["model"], names.BACKBONES) is None:
+        where = "config.model.backbone.model"
+        raise CheckpointError(_unknown(where, backbone["model"], names.BACKBONES))
+    heads = {}
+    for name, section in model["heads"].items():
+        found = names.find(section["module"], names.HEADS)
+        if found is None:
+            where = f"config.model.heads.{name}.module"
+            raise CheckpointError(_unknown(where, section["module"], names.HEADS))
+        heads[name] = (found.module, _keys(section, "module"))
+    return _keys(backbone, "model"), heads
+
+
+def _results(heads: dict[str, tuple[type[Any], Config]]) -> set[str]:
+    """Keys of the model's results."""
+    found: list[str] = []
+    for head, keys in heads.values():
+        found += head.results(**keys)
+    twice = sorted({key for key in found if found.count(key) > 1})
+    if twice:
+        raise CheckpointError(f"two heads of config.model give {twice[0]!r} (output_name)")
+    return set(found)
+
+
+def _outputs(config: Config, model: Config, results: set[str]) -> dict[str, Output]:
+    """Targets of the config that the model has a result for."""
+    saved = config.get("outputs") or _outputs_of_old(config)
+    by_head = model["name"] == "hydra" and not model.get("pass_through_head_outputs", False)
+    outputs = {}
+    for target, section in saved.items():
+        level = section.get("level", "system")
+        part = section.get("property", target) if by_head else target
+        split = _by_degree(section.get("decomposition") or {})
+        if part in results:
+            outputs[target] = Output(level, (part,))
+        elif list(split) == [0, 2] and set(split.values()) <= results:
+            outputs[target] = Output(level, tuple(split.values()))
+        else:
+            logger.warning(
+                "its config asks for %s, which the model does not predict: left out", target
+            )
+    return outputs
+
+
+def _outputs_of_old(config: Config) -> Config:
+    """The targets of configs from before OCP's 2.0: by the kind of data."""
+    kind = config.get("task", {}).get("dataset", "trajectory_lmdb")
+    outputs = {"energy": {"level": "system"}}
+    return outputs if kind == "single_point_lmdb" else outputs | {"forces": {"level": "atom"}}
+
+
+def _by_degree(split: Config) -> dict[int, str]:
+    return dict(sorted((section["irrep_dim"], part) for part, section in split.items()))
+
+
+def _weights(content: Config, *, frozen_backbone: bool) -> tuple[dict[str, Tensor], bool]:
+    """Parameters by the model's names, moving averages in the place of raw ones.
+
+    The average is a list in the order of the trained parameters, which a state dict has, too.
+    """
+
+    def is_trained(name: str) -> bool:
+        if name.endswith("energy_lin_ref"):  # read from a file, never trained
+            return False
+        return not (frozen_backbone and name.startswith("backbone."))
+
+    weights = {}
+    for saved, value in content["state_dict"].items():
+        name = saved
+        while name.startswith("module."):  # one for each wrapper of data-parallel training
+            name = name.removeprefix("module.")
+        if not is_derived(name.removeprefix("backbone.")):
+            weights[name] = value
+    average = content.get("ema")
+    if not average:
+        return weights, False
+    trained = list(filter(is_trained, weights))
+    values = average["shadow_params"]
+    if [value.shape for value in values] != [weights[name].shape for name in trained]:
+        raise CheckpointError("its moving averages (ema) do not fit its weights (state_dict)")
+    return weights | dict(zip(trained, values, strict=True)), True
+
+
+def _normalizers(content: Config, config: Config) -> dict[str, Normalizer]:
+    """Those of the checkpoint, which come before those of the config."""
+    dataset = config.get("dataset")
+    dataset = dataset if isinstance(dataset, Mapping) else {}
+    given = (dataset.get("transforms") or {}).get("normalizer") or {}
+    given = {
+        target: values
+        for target, values in given.items()
+        if isinstance(values, Mapping) and "mean" in values
+    }
+    saved = {
+        _OLD_TARGETS.get(target, target): values
+        for target, values in content.get("normalizers", {}).items()
+    }
+    return {target: _normalizer(target, values) for target, values in {**given, **saved}.items()}
+
+
+def _normalizer(target: str, values: Mapping[str, Any]) -> Normalizer:
+    std = next((values[key] for key in ("rmsd", "std", "stdev") if key in values), None)
+    try:
+        return Normalizer(float(values["mean"]), float(std))  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"its normaliser of {target} is not a mean and a std") from error
+
+
+def _references(content: Config) -> dict[str, Tensor]:
+    return {
+        target: torch.as_tensor(values["element_references"])
+        for target, values in (content.get("elementrefs") or {}).items()
+    }

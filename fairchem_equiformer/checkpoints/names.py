@@ -1,0 +1,86 @@
+"""Names of models in configs: fairchem's, the original release's and ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fairchem_equiformer import models
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_OURS = "fairchem_equiformer."
+_THEIRS = "fairchem.core.models.equiformer_v2."
+
+
+@dataclass(frozen=True)
+class Names:
+    """By which names configs ask for a class of :mod:`fairchem_equiformer.models`.
+
+    Attributes:
+        module: the class.
+        registered: in fairchem-core 1.10; where two mean one of ours, the last is today's.
+        classes: names of fairchem-core's classes, for dotted names.
+        own: what fairchem1 registers it as.
+    """
+
+    module: type[nn.Module]
+    registered: tuple[str, ...]
+    classes: tuple[str, ...]
+    own: str
+
+    @property
+    def ours(self) -> str:
+        """The public name of ours."""
+        return _OURS + self.module.__name__
+
+    @property
+    def theirs(self) -> str:
+        """The name that fairchem's configs of today use."""
+        return self.registered[-1]
+
+    def mean(self, name: str) -> bool:
+        """Whether a config's `name` is one of these."""
+        last = name.rpartition(".")[2]
+        if name.startswith(_THEIRS):
+            return last in self.classes
+        if name.startswith(_OURS):
+            return last == self.module.__name__
+        return name in self.registered or name == self.own
+
+
+FLAT = Names(models.EquiformerV2, ("equiformer_v2",), ("EquiformerV2",), "fairchem_equiformer_v2")
+BACKBONES = (
+    Names(
+        models.EquiformerV2Backbone,
+        ("equiformer_v2_backbone",),
+        ("EquiformerV2Backbone",),
+        "fairchem_equiformer_v2_backbone",
+    ),
+)
+HEADS = (
+    Names(
+        models.EnergyHead,
+        ("equiformer_v2_energy_head", "equiformerV2_scalar_head"),
+        ("EquiformerV2EnergyHead", "EqV2ScalarHead"),
+        "fairchem_equiformer_v2_energy_head",
+    ),
+    Names(
+        models.ForceHead,
+        ("equiformer_v2_force_head", "equiformerV2_vector_head"),
+        ("EquiformerV2ForceHead", "EqV2VectorHead"),
+        "fairchem_equiformer_v2_force_head",
+    ),
+    Names(
+        models.StressHead,
+        ("rank2_symmetric_head",),
+        ("Rank2SymmetricTensorHead",),
+        "fairchem_equiformer_v2_stress_head",
+    ),
+)
+
+
+def find(name: str, among: tuple[Names, ...]) -> Names | None:
+    """Whose name this is; None for none of them."""
+    return next((names for names in among if names.mean(name)), None)

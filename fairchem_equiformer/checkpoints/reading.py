@@ -1,0 +1,127 @@
+"""Reading a checkpoint without running what is in it.
+
+A checkpoint is a pickle, which may name any function of the machine and have it called. PyTorch's
+restricted reader (``weights_only=True``) knows tensors and the plain types of Python. That is all
+that fairchem-core 1.10 writes: configs are dicts, normalisers and element references are dicts of
+tensors. Older releases also left numbers of NumPy among the metrics; these become numbers of Python
+here, whatever NumPy is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import serialization
+
+from fairchem_equiformer.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NUMBER = re.compile(r"[biuf][1248]")  # kind and bytes of a NumPy dtype
+_REFUSED = re.compile(r"GLOBAL (\S+)")  # in PyTorch's message
+_LOCK = threading.Lock()  # the classes that PyTorch allows are a list of the process
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be used. The message is one line, written for the user."""
+
+
+class _Dtype:
+    """Stands for ``numpy.dtype`` of a number, as pickles make it: name first, byte order later."""
+
+    def __init__(self, name: str, *_: bool) -> None:
+        if not _NUMBER.fullmatch(name):
+            raise ValueError(f"a NumPy value of dtype {name!r}, which is no number")
+        self.name = name
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1]
+        self.name = f"{'<' if order == '|' else order}{self.name}"
+
+
+def _number(dtype: _Dtype, content: bytes) -> Any:
+    return np.frombuffer(content, np.dtype(dtype.name))[0].item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    return text.encode(encoding)
+
+
+def _known_as(stand_in: Any, module: str, name: str) -> Any:
+    """A stand-in under the name that a pickle asks for.
+
+    PyTorch goes by these attributes, before 2.5 by these alone.
+    """
+    copy: Any = type(name, (stand_in,), {}) if isinstance(stand_in, type) else partial(stand_in)
+    copy.__module__, copy.__name__, copy.__qualname__ = module, name, name
+    return copy
+
+
+# NumPy's modules were renamed in NumPy 2.
+_ALLOWED = [
+    _known_as(_Dtype, "numpy", "dtype"),
+    _known_as(_number, "numpy.core.multiarray", "scalar"),
+    _known_as(_number, "numpy._core.multiarray", "scalar"),
+    _known_as(_encode, "_codecs", "encode"),
+]
+
+
+@contextmanager
+def _allowed() -> Iterator[None]:
+    """Within, PyTorch's restricted reader takes the stand-ins, and nothing that others allowed."""
+    with _LOCK:
+        before = list(serialization.get_safe_globals())
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(_ALLOWED)
+        try:
+            yield
+        finally:
+            serialization.clear_safe_globals()
+            serialization.add_safe_globals(before)
+
+
+def read(path: str | Path, *, trusted: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU.
+
+    Args:
+        path: the file.
+        trusted: call whatever the file asks for, as ``torch.load(weights_only=False)`` does. Only
+            for files from someone whose program you would run.
+
+    Raises:
+        CheckpointError: if there is no such file, it is no checkpoint, or it asks for a class or
+            function other than those that checkpoints of fairchem need; names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file (looked from {Path.cwd()})")
+    try:
+        if trusted:
+            content = torch.load(path, map_location="cpu", weights_only=False)
+        else:
+            with _allowed():
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: {_reason(error, trusted=trusted)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: it holds {type(content).__name__}, not a checkpoint's dict")
+    return content
+
+
+def _reason(error: Exception, *, trusted: bool) -> str:
+    text = " ".join(str(error).split())
+    asked = _REFUSED.search(text)
+    if trusted or asked is None:
+        return f"cannot be read ({text or type(error).__name__})"
+    return (
+        f"asks for {asked[1]}, which no checkpoint of fairchem needs: refused; if you trust where"
+        " it comes from, read it with trusted=True (commands: --trusted)"
+    )
