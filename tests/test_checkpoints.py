@@ -17,7 +17,7 @@ from torch_geometric.data import Data
 
 from fairchem_equiformer import checkpoints
 from fairchem_equiformer.models import EnergyHead, ForceHead, StressHead
-from tests.models import KEYS, relative_error
+from tests.models import KEYS
 from tests.stock_checkpoints import (
     NORMALIZERS,
     OUTPUTS,
@@ -28,6 +28,7 @@ from tests.stock_checkpoints import (
     stock_predictions,
 )
 from tests.structures import in_double, three_slabs
+from tests.tolerances import assert_close
 
 FLAT = {"name": "equiformer_v2", **KEYS}
 HYDRA: dict[str, Any] = {
@@ -157,7 +158,7 @@ class TestPotential:
         shapes = {"energy": (3,), "forces": (36, 3), "stress": (3, 3, 3)}
         for target, value in found.items():
             assert value.shape == shapes[target]
-            assert relative_error(value.flatten(), expected[target].flatten()) < 1e-5, target
+            assert_close(value.flatten(), expected[target].flatten(), "outputs", name=target)
 
     def test_in_double_precision(self, saved):
         checkpoint = checkpoints.load(saved[0])
@@ -167,7 +168,7 @@ class TestPotential:
             double = checkpoint.potential(dtype=torch.float64)(in_double(batch.clone()))
         for target, value in double.items():
             assert value.dtype == torch.float64
-            assert relative_error(single[target].double(), value) < 5e-5, target
+            assert_close(single[target], value, "all in float32", name=target)
 
 
 class TestUnderstanding:
