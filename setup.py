@@ -6,6 +6,8 @@ from pathlib import Path
 
 # First setuptools: Python 3.12 has no distutils of its own.
 from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 from distutils.command.install_data import install_data  # isort: skip
 
@@ -27,38 +29,66 @@ class DistributionWithData(Distribution):
     has_data = Distribution.has_data_files
 
 
-def kernels() -> list[Extension]:
+class BuildKernels(build_ext):
+    """Builds a library that ctypes loads: of no Python, and of no version of torch."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name the library as the loader looks for it, without a version of Python."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        """Link an empty libtorch_cpu.so in place of torch's, of which the name is all we need."""
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = folder / "empty.cpp"
+        empty.write_text("")
+        name = "libtorch_cpu.so"
+        self.compiler.link_shared_object(
+            self.compiler.compile([str(empty)]),
+            str(folder / name),
+            extra_postargs=[f"-Wl,-soname,{name}"],
+        )
+        ext.library_dirs.append(str(folder))
+        super().build_extension(ext)
+
+
+class WheelForEveryPython(bdist_wheel):
+    """Names a wheel by its platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
+def kernels() -> Extension:
     """Describe the library of ops/native; where it cannot be built, the package works without."""
-    try:
-        import torch  # noqa: PLC0415  # not there yet in an isolated build
-    except ImportError:
-        return []
     flags = ["-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-Wno-psabi"]
     flags.append("-fno-associative-math")  # the sigmoid rounds by adding a large number
     if platform.machine() == "x86_64":
         flags.append("-mrecip=vec-div")
     # The file by itself: importing the package imports what it needs at run time.
     fingerprint = runpy.run_path(str(KERNELS / "sources.py"))["fingerprint"](KERNELS)
-    return [
-        Extension(
-            "fairchem_equiformer.ops.native._kernels",
-            sources=sorted(map(str, KERNELS.glob("*.cpp"))),
-            depends=[*sorted(map(str, KERNELS.glob("*.h"))), str(KERNELS / "sources.py")],
-            define_macros=[("BUILT_FROM", f'"{fingerprint}"')],
-            extra_compile_args=flags,
-            # OpenMP is torch's own, found through it: a second one would spin on the same cores.
-            # Not -fopenmp here, which links another, nor -ffast-math, which changes the process.
-            extra_link_args=["-Wl,--no-as-needed", "-ltorch_cpu"],
-            library_dirs=[str(Path(torch.__file__).parent / "lib")],
-            optional=True,
-        )
-    ]
+    return Extension(
+        "fairchem_equiformer.ops.native._kernels",
+        sources=sorted(map(str, KERNELS.glob("*.cpp"))),
+        depends=[*sorted(map(str, KERNELS.glob("*.h"))), str(KERNELS / "sources.py")],
+        define_macros=[("BUILT_FROM", f'"{fingerprint}"')],
+        extra_compile_args=flags,
+        # OpenMP is torch's own, found through it: a second one would spin on the same cores.
+        # Not -fopenmp here, which links another, nor -ffast-math, which changes the process.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch_cpu"],
+        optional=True,
+    )
 
 
 setup(
-    ext_modules=kernels(),
+    ext_modules=[kernels()],
     distclass=DistributionWithData,
-    cmdclass={"install_data": InstallBesidePackages},
+    cmdclass={
+        "bdist_wheel": WheelForEveryPython,
+        "build_ext": BuildKernels,
+        "install_data": InstallBesidePackages,
+    },
     data_files=[
         (
             "",

@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -68,10 +67,8 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _file() -> Path:
-    """Where the library is, or would be."""
-    folder = Path(__file__).parent
-    paths = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
-    return next(filter(Path.exists, paths), paths[0])
+    """Where the library is, or would be: of no version of Python, which ctypes does not ask for."""
+    return Path(__file__).with_name("_kernels.so")
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
