@@ -1,9 +1,10 @@
-"""Let fairchem-core 1.10 start without torch-sparse, in every process of this environment.
+"""Put fairchem-core 1.10 right in every process of this environment.
 
 fairchem-core imports each of its models before it runs, and stops if one of them cannot be
-imported. Our `fairchem` command could put that right for itself, but not for the processes that
-never see it: fairchem-core's own script, Slurm jobs, the ranks of a distributed run. Python reads
-the .pth file beside this module at start-up, and so all of them are served in one place.
+imported. Our own command could put that right for itself, but not for the processes that never see
+it: fairchem-core's `fairchem`, Slurm jobs, the ranks of a distributed run. Python reads the .pth
+file beside this module at start-up, and so all of them are served in one place, and `fairchem`
+checks its input as `python -m fairchem_equiformer` does.
 `FAIRCHEM_EQUIFORMER_PATCHES=off` in the environment turns it off; other versions of fairchem-core
 are left alone.
 
@@ -16,19 +17,10 @@ import sys
 
 TYPE_CHECKING = False  # typing's would cost its import
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from importlib.machinery import ModuleSpec
     from pathlib import Path
     from types import ModuleType
-
-TARGET = "fairchem.core.common.utils"
-
-
-def import_local_file(path: Path, *, project_root: Path) -> None:
-    """Stand in for fairchem-core's function of this name until its first call."""
-    # By then nothing is half imported, as it is while `TARGET` is.
-    from fairchem_equiformer.fairchem1 import patches  # noqa: PLC0415
-
-    patches.import_local_file(path, project_root=project_root)
 
 
 def wanted() -> bool:
@@ -42,12 +34,36 @@ def wanted() -> bool:
     return fairchem1_installed()
 
 
+def import_models_that_can_be(utils: ModuleType) -> None:
+    """Exchange the function that imports one file of fairchem-core."""
+
+    def import_local_file(path: Path, *, project_root: Path) -> None:
+        # By then nothing is half imported, as it is while `utils` is.
+        from fairchem_equiformer.fairchem1 import patches  # noqa: PLC0415
+
+        patches.import_local_file(path, project_root=project_root)
+
+    import_local_file.original = utils._import_local_file  # noqa: SLF001
+    utils._import_local_file = import_local_file  # noqa: SLF001
+
+
+def check_input(_: ModuleType) -> None:
+    """Let fairchem-core's command be ours."""
+    from fairchem_equiformer.fairchem1 import patches  # noqa: PLC0415
+
+    patches.exchange_the_command()
+
+
 class Finder:
-    """Finds `TARGET` as the finders after it do, and has one function exchanged in it."""
+    """Finds a module as the finders after it do, and has something exchanged in it."""
+
+    def __init__(self, target: str, exchange: Callable[[ModuleType], None]) -> None:
+        self.target = target
+        self.exchange = exchange
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
-        """Answer for `TARGET`; see `importlib.abc.MetaPathFinder`."""
-        if name != TARGET:
+        """Answer for the target; see `importlib.abc.MetaPathFinder`."""
+        if name != self.target:
             return None
         from importlib.util import find_spec  # noqa: PLC0415
 
@@ -65,11 +81,11 @@ class Finder:
             run(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            import_local_file.original = module._import_local_file  # noqa: SLF001
-            module._import_local_file = import_local_file  # noqa: SLF001
+            self.exchange(module)
 
         loader.exec_module = run_and_exchange
         return spec
 
 
-sys.meta_path.insert(0, Finder())
+sys.meta_path.insert(0, Finder("fairchem.core.common.utils", import_models_that_can_be))
+sys.meta_path.insert(0, Finder("fairchem.core._cli", check_input))

@@ -28,7 +28,8 @@ from tests.conftest import make_atoms, make_tiny_config
 
 SKIPPED = "fairchem models skipped: dimenet_plus_plus, gemnet, gemnet_gp, gemnet_oc, painn"
 OURS = ("-m", "fairchem_equiformer", "main")
-STOCK = ("-c", "from fairchem.core._cli import main; main()")
+# As the script `fairchem` that fairchem-core installs; it takes no `main` by itself.
+STOCK = ("-c", "import sys; from fairchem.core._cli import main; sys.exit(main())", "main")
 
 
 @pytest.fixture(scope="session")

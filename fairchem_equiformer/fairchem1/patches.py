@@ -6,6 +6,7 @@ fairchem-core as it is. What was there before is the attribute ``original`` of w
 
 from __future__ import annotations
 
+import argparse
 import collections
 import collections.abc
 import importlib
@@ -21,6 +22,7 @@ from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
 from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
     from pathlib import Path
 
@@ -81,6 +83,17 @@ def _a_step_to_warm_up(original: Any) -> type:
             super().__init__({**scheduler_params, "warmup_epochs": steps})
 
     return CosineLRLambda
+
+
+def _our_command(original: Any) -> Any:
+    def main(args: argparse.Namespace | None = None, overrides: list[str] | None = None) -> Any:
+        if args is not None:
+            return original(args, overrides)
+        from fairchem_equiformer.fairchem1 import cli  # noqa: PLC0415  # it imports this file
+
+        return cli.main()
+
+    return main
 
 
 @dataclass(frozen=True)
@@ -152,6 +165,16 @@ AFTER_THE_MODELS = (
         _a_step_to_warm_up,
     ),
 )
+# Where fairchem-core's program is imported, and only there: it is of no use to a calculator.
+OF_THE_COMMAND = (
+    Patch(
+        "fairchem.core._cli",
+        "main",
+        "`fairchem main ...`, as fairchem-core's own messages have it, is refused; and what is"
+        " missing (a file, a key, a field of the data) ends in a traceback.",
+        _our_command,
+    ),
+)
 
 
 def install() -> None:
@@ -165,6 +188,11 @@ def install() -> None:
     _apply(PATCHES)
     for name in TASKS_SAVED_AS_TRAINERS:
         registry.register_trainer(name)(OCPTrainer)
+
+
+def exchange_the_command() -> None:
+    """Let fairchem-core's program, started without arguments of its own, be ours (``cli.py``)."""
+    _apply(OF_THE_COMMAND)
 
 
 def _apply(patches: tuple[Patch, ...]) -> None:
