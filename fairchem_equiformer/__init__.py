@@ -7,6 +7,7 @@ same models in plain PyTorch (``fairchem_equiformer.models``) where it is not.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
@@ -67,3 +68,8 @@ def fairchem1_installed() -> bool:
         return metadata.version("fairchem-core").startswith("1.10.")
     except metadata.PackageNotFoundError:
         return False
+
+
+def patches_wanted() -> bool:
+    """Whether there is a fairchem-core 1.10 to put right (``fairchem1.patches``)."""
+    return fairchem1_installed() and os.environ.get("FAIRCHEM_EQUIFORMER_PATCHES") != "off"

@@ -25,13 +25,9 @@ if TYPE_CHECKING:
 
 def wanted() -> bool:
     """Whether this environment has fairchem-core 1.10, and nobody switched this off."""
-    import os  # noqa: PLC0415
+    from fairchem_equiformer import patches_wanted  # noqa: PLC0415
 
-    if os.environ.get("FAIRCHEM_EQUIFORMER_PATCHES") == "off":
-        return False
-    from fairchem_equiformer import fairchem1_installed  # noqa: PLC0415
-
-    return fairchem1_installed()
+    return patches_wanted()
 
 
 def import_models_that_can_be(utils: ModuleType) -> None:

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "__init__": APPLICATION,  # nothing until it is asked for, see test_lazy_imports.py
     "__main__": APPLICATION,
     "convert": APPLICATION,
+    "info": {"ops"},
     "leaderboard": APPLICATION,
     "adsorbml": APPLICATION,
     # Names of fairchem1 in configs and checkpoints from before 0.2.
@@ -44,7 +45,7 @@ MAY_IMPORT = {
 FRAMEWORKS = {"fairchem", "torch_geometric", "torch_scatter", "torch_sim"}
 WITHOUT_FRAMEWORK = {
     *("errors", "files", "so3", "ops", "graph", "nn", "models", "checkpoints", "calculators"),
-    *("__init__", "convert"),
+    *("__init__", "convert", "info"),
 }
 
 FILES = [

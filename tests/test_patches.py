@@ -84,7 +84,7 @@ def test_a_task_saved_as_trainer_is_found(name):
 
 
 def test_every_patch_has_its_reason_and_original():
-    for patch in (*patches.PATCHES, *patches.AFTER_THE_MODELS):
+    for patch in (*patches.PATCHES, *patches.AFTER_THE_MODELS, *patches.OF_THE_COMMAND):
         value = importlib.import_module(patch.module)
         for part in patch.name.split("."):
             value = getattr(value, part)

@@ -11,13 +11,13 @@ import collections
 import collections.abc
 import importlib
 import logging
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fairchem.core.common.registry import registry
 from fairchem.core.trainers import OCPTrainer
 
+from fairchem_equiformer import patches_wanted
 from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
 from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
-
-VARIABLE = "FAIRCHEM_EQUIFORMER_PATCHES"
 
 # What fairchem-core saves as `config["trainer"]` for its own trainers of forces and energies.
 TASKS_SAVED_AS_TRAINERS = ("s2ef", "is2re")
@@ -86,9 +84,9 @@ def _a_step_to_warm_up(original: Any) -> type:
 
 
 def _our_command(original: Any) -> Any:
-    def main(args: argparse.Namespace | None = None, overrides: list[str] | None = None) -> Any:
+    def main(args: argparse.Namespace | None = None, override_args: list[str] | None = None) -> Any:
         if args is not None:
-            return original(args, overrides)
+            return original(args, override_args)
         from fairchem_equiformer.fairchem1 import cli  # noqa: PLC0415  # it imports this file
 
         return cli.main()
@@ -183,7 +181,7 @@ def install() -> None:
     Beside `PATCHES`, the registry learns that the tasks which fairchem-core saves where it later
     looks for a trainer mean its trainer (`OCPCalculator(checkpoint_path=...)` stops otherwise).
     """
-    if os.environ.get(VARIABLE) == "off":
+    if not patches_wanted():
         return
     _apply(PATCHES)
     for name in TASKS_SAVED_AS_TRAINERS:

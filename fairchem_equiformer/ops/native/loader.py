@@ -46,6 +46,18 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def status() -> str:
+    """Which kernels run on the CPU, and where these are not the compiled ones, why."""
+    if os.environ.get(VARIABLE) == "reference":
+        return f"PyTorch's, as {VARIABLE}=reference asks"
+    path = _file()
+    try:
+        _load(path)
+    except OSError as error:
+        return f"PyTorch's, slower with the same numbers: {error}"
+    return f"compiled ({path})"
+
+
 def _load(path: Path) -> ctypes.CDLL:
     """Load a library of this version and of the sources beside it.
 
