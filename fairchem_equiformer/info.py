@@ -63,6 +63,7 @@ def _of_torch() -> dict[str, str]:
     asked = os.environ.get("OMP_NUM_THREADS")
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     return {
+        "torch": torch.__version__,  # with the variant, as in 2.13.0+cpu
         "devices": ", ".join(devices),
         "threads": threads + (f", OMP_NUM_THREADS={asked}" if asked else ""),
         "kernels on the CPU": loader.status(),

@@ -22,7 +22,8 @@ def test_prints_a_line_for_each_fact(capsys):
     found = {name: value.strip() for name, value in printed.items()}
     assert found == {name.rstrip(): value for name, value in info.report().items()}
     assert found["fairchem-equiformer"] == fairchem_equiformer.__version__
-    assert found["torch"] == metadata.version("torch")
+    assert found["torch"] == torch.__version__
+    assert found["e3nn"] == metadata.version("e3nn")
     assert found["threads"].startswith(f"{torch.get_num_threads()} of ")
     assert found["devices"].startswith("CPU (")
 
