@@ -33,7 +33,7 @@ DESCRIPTION := setup.cfg setup.py pyproject.toml startup/fairchem_equiformer_sta
 help:
 	@echo 'make install         set up $(VENV) with fairchem-core 1.10 (12 minutes on 2 cores; once)'
 	@echo 'make demo            install, then train, predict and relax on a small real problem'
-	@echo 'make demo-long       the same on more data, for longer'
+	@echo 'make demo-long       the same, trained for longer to smaller errors'
 	@echo 'make adsorbml        after make demo: search adsorption sites with its model'
 	@echo 'make test            install, then the tests'
 	@echo 'make test-long       install, then the tests that take minutes each'

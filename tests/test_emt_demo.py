@@ -265,7 +265,7 @@ class TestReport:
     def test_table_shows_each_error_in_milli(self):
         score = report.Score("val_id", report.Errors(0.5, 0.12), report.Errors(0.05, 0.03))
         line = report.score_table([score]).splitlines()[-1]
-        assert line.split() == ["val_id", "120", "-", "30", "4.0", "x", "500", "-", "50"]
+        assert line.split() == ["val_id", "120", "30", "4.0", "x", "500", "50"]
 
     def test_pictures_are_written(self, tmp_path):
         labels = report.Labels(np.arange(4.0), np.arange(12.0).reshape(4, 3))
@@ -324,6 +324,16 @@ class TestRun:
         assert log.read_text() == "out of luck\n"
         assert message.endswith("out of luck")
         assert "== train" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("long", [False, True])
+    def test_only_the_long_demo_trains_for_longer_than_the_config(
+        self, tmp_path, monkeypatch, long
+    ):
+        commands = []
+        monkeypatch.setattr(run.Demo, "step", lambda _self, _name, words: commands.append(words))
+        monkeypatch.setattr(run.Demo, "checkpoint", lambda *_: None)
+        run.train(run.Demo(tmp_path, tmp_path, long=long))
+        assert [option in commands[0] for option in run.LONG_OPTIONS] == [long, long]
 
     def test_missing_result_is_an_error(self, tmp_path):
         demo = run.Demo(tmp_path, tmp_path, quick=True)

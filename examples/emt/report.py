@@ -102,7 +102,6 @@ class Score:
     name: str
     constant: Errors
     trained: Errors
-    untrained: Errors | None = None
 
     @property
     def better(self) -> float:
@@ -152,13 +151,13 @@ def score_table(scores: Iterable[Score]) -> str:
     """Tabulate the errors of energies and forces."""
     rows = []
     for score in scores:
-        columns = (score.constant, score.untrained, score.trained)
-        forces = ["-" if errors is None else f"{1e3 * errors.forces:.0f}" for errors in columns]
-        energy = ["-" if errors is None else f"{1e3 * errors.energy:.0f}" for errors in columns]
+        columns = (score.constant, score.trained)
+        forces = [f"{1e3 * errors.forces:.0f}" for errors in columns]
+        energy = [f"{1e3 * errors.energy:.0f}" for errors in columns]
         rows.append([score.name, *forces, f"{score.better:.1f} x", *energy])
     title = "Mean absolute errors on unseen structures: F, forces in meV/Å; E, energies in meV\n"
-    header = ["", "F constant", "untrained", "trained", "better"]
-    return title + _table([*header, "E constant", "untrained", "trained"], rows)
+    header = ["", "F constant", "trained", "better", "E constant", "trained"]
+    return title + _table(header, rows)
 
 
 def relaxation_table(relaxed: Mapping[str, RelaxationErrors]) -> str:
