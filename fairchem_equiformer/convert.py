@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fairchem_equiformer import checkpoints
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import replacing
 
@@ -43,15 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=FORMS[0],
         help="whose classes the new config names (default: %(default)s)",
     )
+    parser.add_argument(
+        "--trusted",
+        action="store_true",
+        help="run whatever the checkpoint, a pickle, asks for: only for a source you trust",
+    )
     options = parser.parse_args(arguments)
     # Of no use to who runs the command, and printed for each file of each of fairchem's models.
     warnings.filterwarnings("ignore", "You are using `torch.load`", category=FutureWarning)
     from fairchem_equiformer.fairchem1 import convert  # noqa: PLC0415  # slow to import
 
     try:
-        converted = convert.convert(_read(options.source, options.target), options.to)
+        converted = convert.convert(
+            _read(options.source, options.target, trusted=options.trusted), options.to
+        )
     except InputError as error:
-        sys.stderr.write(f"convert: error: {options.source}: {error}\n")
+        text = str(error).removeprefix(f"{options.source}: ")
+        sys.stderr.write(f"convert: error: {options.source}: {text}\n")
         return 2
     with replacing(options.target) as partial:
         torch.save(converted, partial)
@@ -59,16 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read(path: Path, target: Path) -> dict[str, Any]:
+def _read(path: Path, target: Path, *, trusted: bool) -> dict[str, Any]:
     if target.exists():
         raise InputError(f"{target} exists: name a file that does not")
-    if not path.is_file():
-        raise InputError(f"no such file (looked from {Path.cwd()})")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise InputError(f"cannot be read ({' '.join(str(error).split())})") from error
-    return content if isinstance(content, dict) else {}
+    return checkpoints.read(path, trusted=trusted)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from datetime import date
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fairchem.core.models.equiformer_v2.eqv2_to_eqv2_hydra import (
 )
 
 from fairchem_equiformer import convert as convert_command
+from fairchem_equiformer.checkpoints import CheckpointError
 from fairchem_equiformer.fairchem1 import cli, convert
 from tests.conftest import make_atoms, make_tiny_config
 from tests.structures import three_slabs
@@ -209,13 +211,13 @@ def test_fairchems_class_loads_a_checkpoint_with_keys_of_ours(form):
 )
 def test_what_fairchems_model_does_not_have_is_named(form, key, value):
     ours = our_checkpoint(form, **{key: value})
-    with pytest.raises(convert.ConversionError, match=rf"{key} is '?{value}.*does not have"):
+    with pytest.raises(CheckpointError, match=rf"{key} is '?{value}.*does not have"):
         convert.convert(ours, "fairchem")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_checkpoint_that_names_this_package_already(form):
-    with pytest.raises(convert.ConversionError, match="already; --to fairchem turns it back"):
+    with pytest.raises(CheckpointError, match="already; --to fairchem turns it back"):
         convert.convert(our_checkpoint(form), "fairchem_equiformer")
 
 
@@ -311,3 +313,14 @@ def test_missing_unreadable_and_existing_files(tmp_path, capsys):
     target.touch()
     assert convert_command.main([str(source), str(target)]) == 2
     assert f"{target} exists" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_should_not_ask_for_is_refused(tmp_path, capsys):
+    source, target = tmp_path / "source.pt", tmp_path / "target.pt"
+    torch.save(flat_checkpoint() | {"written": date(2024, 1, 1)}, source)
+    assert convert_command.main([str(source), str(target)]) == 2
+    message = capsys.readouterr().err
+    assert message.count(str(source)) == 1
+    assert "asks for datetime.date" in message
+    assert convert_command.main([str(source), str(target), "--trusted"]) == 0
+    assert load(target)["written"] == date(2024, 1, 1)

@@ -97,15 +97,9 @@ class Checkpoint:
                 if self.form == "flat"
                 else models.EquiformerV2Hydra(self.backbone, self.heads)
             )
-            found = model.load_state_dict(self.weights, strict=False)
-        except (TypeError, ValueError) as error:
+            load_weights(model, self.weights)
+        except (CheckpointError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {' '.join(str(error).split())}") from error
-        for problem, keys in (
-            ("its weights lack", found.missing_keys),
-            ("it has weights that the config's model does not:", found.unexpected_keys),
-        ):
-            if keys:
-                raise CheckpointError(f"{self.path}: {problem} {', '.join(keys[:5])}")
         return model
 
     def potential(
@@ -143,16 +137,14 @@ def understand(content: Config, path: Path) -> Checkpoint:
     Raises:
         CheckpointError: if it is none of EquiformerV2; says why in one line.
     """
-    if not {"state_dict", "config"} <= content.keys():
-        raise CheckpointError("it holds no state_dict and config: not a checkpoint of fairchem")
+    check_content(content)
     config = content["config"]
     model = model_section(config)
     if model["name"] == "hydra":
         form, backbone, heads = "hydra", *_hydra(model)
-    elif names.FLAT.mean(model["name"]):
-        form, backbone, heads = "flat", _keys(model, "name"), {}
     else:
-        raise CheckpointError(_unknown("config.model.name", model["name"], (names.FLAT,)))
+        names.resolve("config.model.name", model["name"], (names.FLAT,))
+        form, backbone, heads = "flat", _without(model, "name"), {}
     try:
         checked = ModelConfig.from_keys(backbone)
     except ValueError as error:
@@ -175,45 +167,50 @@ def understand(content: Config, path: Path) -> Checkpoint:
     )
 
 
+def check_content(content: Config) -> None:
+    """Raise CheckpointError if this is no checkpoint of fairchem."""
+    if not {"state_dict", "config"} <= content.keys():
+        raise CheckpointError("it holds no state_dict and config: not a checkpoint of fairchem")
+
+
 def model_section(config: Config) -> Config:
     """A copy of the section `model`, of today's configs or of the original release's.
 
+    Keys that ODAC23's configs had have their names of today.
+
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is none, or it is a hydra without backbone or heads.
     """
     model = config.get("model")
     if isinstance(model, str):
         model = {**config.get("model_attributes", {}), "name": model}
     if not isinstance(model, dict) or "name" not in model:
         raise CheckpointError("its config names no model (config.model.name)")
-    return copy.deepcopy(model)
+    model = copy.deepcopy(model)
+    if model["name"] != "hydra":
+        return _renamed(model)
+    if not (model.get("backbone") and model.get("heads")):
+        raise CheckpointError("config.model is a hydra without backbone or heads of its own")
+    return model | {"backbone": _renamed(model["backbone"])}
 
 
-def _unknown(where: str, name: str, among: tuple[names.Names, ...]) -> str:
-    known = ", ".join(sorted(name for names in among for name in (*names.registered, names.ours)))
-    return f"{where} is {name!r}; known are {known}"
+def _renamed(keys: Config) -> Config:
+    return {_OLD_KEYS.get(key, key): value for key, value in keys.items()}
 
 
-def _keys(section: Config, name: str) -> Config:
-    """The model's own keys, by their names of today, without the one that names the class."""
-    return {_OLD_KEYS.get(key, key): value for key, value in section.items() if key != name}
+def _without(keys: Config, name: str) -> Config:
+    return {key: value for key, value in keys.items() if key != name}
 
 
 def _hydra(model: Config) -> tuple[Config, dict[str, tuple[type[nn.Module], Config]]]:
-    if not (model.get("backbone") and model.get("heads")):
-        raise CheckpointError("config.model is a hydra without backbone or heads of its own")
     backbone = model["backbone"]
-    if names.find(backbone["model"], names.BACKBONES) is None:
-        where = "config.model.backbone.model"
-        raise CheckpointError(_unknown(where, backbone["model"], names.BACKBONES))
+    names.resolve("config.model.backbone.model", backbone["model"], names.BACKBONES)
     heads = {}
     for name, section in model["heads"].items():
-        found = names.find(section["module"], names.HEADS)
-        if found is None:
-            where = f"config.model.heads.{name}.module"
-            raise CheckpointError(_unknown(where, section["module"], names.HEADS))
-        heads[name] = (found.module, _keys(section, "module"))
-    return _keys(backbone, "model"), heads
+        where = f"config.model.heads.{name}.module"
+        found = names.resolve(where, section["module"], names.HEADS)
+        heads[name] = (found.module, _without(section, "module"))
+    return _without(backbone, "model"), heads
 
 
 def _results(heads: dict[str, tuple[type[Any], Config]]) -> set[str]:
@@ -269,13 +266,8 @@ def _weights(content: Config, *, frozen_backbone: bool) -> tuple[dict[str, Tenso
             return False
         return not (frozen_backbone and name.startswith("backbone."))
 
-    weights = {}
-    for saved, value in content["state_dict"].items():
-        name = saved
-        while name.startswith("module."):  # one for each wrapper of data-parallel training
-            name = name.removeprefix("module.")
-        if not is_derived(name.removeprefix("backbone.")):
-            weights[name] = value
+    state = without_prefix(content["state_dict"])
+    weights = {k: v for k, v in state.items() if not is_derived(k.removeprefix("backbone."))}
     average = content.get("ema")
     if not average:
         return weights, False
@@ -284,6 +276,36 @@ def _weights(content: Config, *, frozen_backbone: bool) -> tuple[dict[str, Tenso
     if [value.shape for value in values] != [weights[name].shape for name in trained]:
         raise CheckpointError("its moving averages (ema) do not fit its weights (state_dict)")
     return weights | dict(zip(trained, values, strict=True)), True
+
+
+def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the `module.`, one or two, that data-parallel training puts before."""
+
+    def plain(name: str) -> str:
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        return name
+
+    return {plain(name): value for name, value in state.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load parameters; tables that follow from the config may be missing.
+
+    Raises:
+        CheckpointError: if they do not belong to the model; names what differs, in one line.
+    """
+    try:
+        found = model.load_state_dict(weights, strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(" ".join(str(error).split())) from error
+    tables = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for problem, keys in (
+        ("its weights lack", [key for key in found.missing_keys if key not in tables]),
+        ("it has weights that the config's model does not:", found.unexpected_keys),
+    ):
+        if keys:
+            raise CheckpointError(f"{problem} {', '.join(keys[:5])}")
 
 
 def _normalizers(content: Config, config: Config) -> dict[str, Normalizer]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fairchem_equiformer import models
-
-if TYPE_CHECKING:
-    from torch import nn
+from fairchem_equiformer.checkpoints.reading import CheckpointError
 
 _OURS = "fairchem_equiformer."
 _THEIRS = "fairchem.core.models.equiformer_v2."
@@ -25,7 +23,7 @@ class Names:
         own: what fairchem1 registers it as.
     """
 
-    module: type[nn.Module]
+    module: type[Any]
     registered: tuple[str, ...]
     classes: tuple[str, ...]
     own: str
@@ -42,12 +40,14 @@ class Names:
 
     def mean(self, name: str) -> bool:
         """Whether a config's `name` is one of these."""
-        last = name.rpartition(".")[2]
         if name.startswith(_THEIRS):
-            return last in self.classes
-        if name.startswith(_OURS):
-            return last == self.module.__name__
-        return name in self.registered or name == self.own
+            return name.rpartition(".")[2] in self.classes
+        return name in self.registered or self.is_ours(name)
+
+    def is_ours(self, name: str) -> bool:
+        """Whether a config's `name` is one that ours has."""
+        last = name.rpartition(".")[2]
+        return name == self.own or (name.startswith(_OURS) and last == self.module.__name__)
 
 
 FLAT = Names(models.EquiformerV2, ("equiformer_v2",), ("EquiformerV2",), "fairchem_equiformer_v2")
@@ -81,6 +81,19 @@ HEADS = (
 )
 
 
-def find(name: str, among: tuple[Names, ...]) -> Names | None:
-    """Whose name this is; None for none of them."""
-    return next((names for names in among if names.mean(name)), None)
+def resolve(where: str, name: str, among: tuple[Names, ...]) -> Names:
+    """Whose name this is.
+
+    Args:
+        where: stands the name, for the message.
+        name: in a config.
+        among: these.
+
+    Raises:
+        CheckpointError: for none of them.
+    """
+    for names in among:
+        if names.mean(name):
+            return names
+    known = sorted(name for names in among for name in (*names.registered, names.ours))
+    raise CheckpointError(f"{where} is {name!r}; known are {', '.join(known)}")

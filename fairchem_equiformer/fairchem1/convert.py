@@ -8,7 +8,6 @@ weight decay.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 
-from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.checkpoints.checkpoint import (
+    check_content,
+    load_weights,
+    model_section,
+    without_prefix,
+)
+from fairchem_equiformer.checkpoints.names import BACKBONES, FLAT, HEADS, Names, resolve
+from fairchem_equiformer.checkpoints.reading import CheckpointError
 from fairchem_equiformer.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -24,27 +30,10 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 
-# fairchem's registered names and ours; where two of theirs mean one of ours, the last is written.
-CLASSES = {
-    "equiformer_v2": "fairchem_equiformer.EquiformerV2",
-    "equiformer_v2_backbone": "fairchem_equiformer.EquiformerV2Backbone",
-    "equiformer_v2_energy_head": "fairchem_equiformer.EnergyHead",
-    "equiformerV2_scalar_head": "fairchem_equiformer.EnergyHead",
-    "equiformer_v2_force_head": "fairchem_equiformer.ForceHead",
-    "equiformerV2_vector_head": "fairchem_equiformer.ForceHead",
-    "rank2_symmetric_head": "fairchem_equiformer.StressHead",
-}
-NAMES = {
-    "fairchem_equiformer": CLASSES,
-    "fairchem": {ours: theirs for theirs, ours in CLASSES.items()},
-}
+SIDES = ("fairchem_equiformer", "fairchem")
 # Config keys that decide how the numbers are computed, not which: a class may do without them.
 WITHOUT_EFFECT = frozenset({"edges_per_chunk", "activation_checkpoint"})
 _DEFAULTS = {key.name: key.default for key in fields(ModelConfig)}
-
-
-class ConversionError(InputError):
-    """A checkpoint that cannot be converted."""
 
 
 def convert(checkpoint: dict[str, Any], to: str) -> dict[str, Any]:
@@ -55,17 +44,16 @@ def convert(checkpoint: dict[str, Any], to: str) -> dict[str, Any]:
         to: ``fairchem_equiformer`` or ``fairchem``.
 
     Raises:
-        ConversionError: for a model that the other side does not have, or weights that do not
+        CheckpointError: for a model that the other side does not have, or weights that do not
             belong to the config.
     """
     setup_imports()
-    if not {"state_dict", "config"} <= checkpoint.keys():
-        raise ConversionError("it holds no state_dict and config: not a checkpoint of fairchem")
-    old_config = _model_config(checkpoint["config"])
+    check_content(checkpoint)
+    old_config = model_section(checkpoint["config"])
     new_config = _rename(old_config, to)
     old, new = _build(old_config), _build(new_config)
     if _names(old) != _names(new):
-        raise ConversionError("parameters differ in name or order: please report this")
+        raise CheckpointError("parameters differ in name or order: please report this")
     config = {k: v for k, v in checkpoint["config"].items() if k != "model_attributes"}
     converted = checkpoint | {
         "config": config | {"model": new_config},
@@ -76,56 +64,40 @@ def convert(checkpoint: dict[str, Any], to: str) -> dict[str, Any]:
     return converted
 
 
-def _model_config(config: Config) -> Config:
-    """The section `model`, of today's configs or of the original release's."""
-    model = config.get("model")
-    if isinstance(model, str):
-        model = {**config.get("model_attributes", {}), "name": model}
-    if not isinstance(model, dict) or "name" not in model:
-        raise ConversionError("its config names no model (config.model.name)")
-    return copy.deepcopy(model)
-
-
 def _rename(model: Config, to: str) -> Config:
     """The same section with the other side's classes, and the keys that these take."""
-    names = NAMES[to]
 
-    def other(where: str, name: str) -> str:
-        if name in names:
-            return names[name]
-        if name in names.values():
-            raise ConversionError(
+    def other(where: str, name: str, among: tuple[Names, ...]) -> str:
+        found = resolve(f"config.model{where}", name, among)
+        if found.is_ours(name) == (to == "fairchem_equiformer"):
+            raise CheckpointError(
                 f"config.model{where} is {name!r} already; --to {_other_side(to)} turns it back"
             )
-        raise ConversionError(
-            f"config.model{where} is {name!r}; known are {', '.join(sorted(names))}"
-        )
+        return found.theirs if to == "fairchem" else found.ours
 
     if model["name"] != "hydra":
-        name = other(".name", model["name"])
+        name = other(".name", model["name"], (FLAT,))
         return _shared_keys("", model, name) | {"name": name}
-    if not (model.get("backbone") and model.get("heads")):
-        raise ConversionError("config.model is a hydra without backbone or heads of its own")
     backbone = model["backbone"]
-    name = other(".backbone.model", backbone["model"])
+    name = other(".backbone.model", backbone.get("model"), BACKBONES)
     return model | {
         "backbone": _shared_keys(".backbone", backbone, name) | {"model": name},
         "heads": {
-            name: head | {"module": other(f".heads.{name}.module", head["module"])}
+            name: head | {"module": other(f".heads.{name}.module", head.get("module"), HEADS)}
             for name, head in model["heads"].items()
         },
     }
 
 
 def _other_side(side: str) -> str:
-    return next(name for name in NAMES if name != side)
+    return next(name for name in SIDES if name != side)
 
 
 def _shared_keys(where: str, keys: Config, name: str) -> Config:
     """The keys that the class of this name takes: all of them, or what its signature has.
 
     Raises:
-        ConversionError: for a key that it lacks, or a value that it does not know, where this
+        CheckpointError: for a key that it lacks, or a value that it does not know, where this
             changes the model.
     """
     parameters = inspect.signature(registry.get_model_class(name)).parameters
@@ -137,7 +109,7 @@ def _shared_keys(where: str, keys: Config, name: str) -> Config:
         changes.add("distance_function")  # a key of theirs, but not this value
     if changes:
         key = min(changes)
-        raise ConversionError(
+        raise CheckpointError(
             f"config.model{where}.{key} is {keys[key]!r}, which fairchem's {name} does not have"
         )
     return {key: value for key, value in keys.items() if key not in lacking}
@@ -148,7 +120,7 @@ def _build(model: Config) -> nn.Module:
     try:
         return registry.get_model_class(model["name"])(**keys)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ConversionError(f"{model['name']} refuses the config: {error}") from error
+        raise CheckpointError(f"{model['name']} refuses the config: {error}") from error
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -156,21 +128,11 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _weights(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """State of the model with the saved parameters, under the saved prefix.
-
-    Data-parallel training puts one or two `module.` before every name.
-    """
-    first = _names(model)[-1]
-    prefixes = [key.removesuffix(first) for key in saved if key.endswith(first)]
-    prefix = min(prefixes, key=len, default="")
-    state = {key.removeprefix(prefix): value for key, value in saved.items()}
-    try:
-        result = model.load_state_dict(state, strict=False)
-    except (RuntimeError, ValueError) as error:
-        raise ConversionError(" ".join(str(error).split())) from error
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    if missing := [name for name in result.missing_keys if name not in buffers]:
-        raise ConversionError(f"its weights lack {', '.join(missing[:5])}")
+    """State of the model with the saved parameters, under the saved prefix."""
+    state = without_prefix(saved)
+    load_weights(model, state)
+    name = next(iter(state), "")
+    prefix = next((key.removesuffix(name) for key in saved if key.endswith(name)), "")
     return {prefix + name: value for name, value in model.state_dict().items()}
 
 
@@ -182,7 +144,7 @@ def _reorder(optimizer: dict[str, Any], old: nn.Module, new: nn.Module) -> dict[
     old_order = [name for group in _decay_groups(old) for name in group]
     new_groups = _decay_groups(new)
     if [len(group["params"]) for group in groups] != [len(g) for g in _decay_groups(old)]:
-        raise ConversionError("the optimizer's state does not belong to the config's parameters")
+        raise CheckpointError("the optimizer's state does not belong to the config's parameters")
     index = {name: i for i, name in enumerate(old_order)}
     new_order = [name for group in new_groups for name in group]
     state = {
