@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from fairchem_equiformer.fairchem1.data.qm9 import QM9Dataset
     from fairchem_equiformer.fairchem1.loss import MaskedMAE
     from fairchem_equiformer.fairchem1.models import (
+        DeNSBackbone,
+        DeNSEnergyHead,
+        DeNSForceHead,
+        DeNSStressHead,
         EnergyHead,
         EquiformerV2,
         EquiformerV2Backbone,
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuxiliaryTaskTrainer",
+    "DeNSBackbone",
+    "DeNSEnergyHead",
+    "DeNSForceHead",
+    "DeNSStressHead",
     "EnergyHead",
     "EquiformerV2",
     "EquiformerV2Backbone",
@@ -38,7 +46,17 @@ __all__ = [
 ]
 __version__ = "0.2.0.dev0"
 
-_MODELS = ("EnergyHead", "EquiformerV2", "EquiformerV2Backbone", "ForceHead", "StressHead")
+_MODELS = (
+    "DeNSBackbone",
+    "DeNSEnergyHead",
+    "DeNSForceHead",
+    "DeNSStressHead",
+    "EnergyHead",
+    "EquiformerV2",
+    "EquiformerV2Backbone",
+    "ForceHead",
+    "StressHead",
+)
 _MODULES = {
     "AuxiliaryTaskTrainer": "fairchem1.trainer",
     "MaskedMAE": "fairchem1.loss",

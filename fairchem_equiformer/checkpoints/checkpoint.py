@@ -58,7 +58,8 @@ class Checkpoint:
     Attributes:
         path: the file.
         form: "flat" (one model) or "hydra" (backbone with heads).
-        backbone: keys of :class:`~fairchem_equiformer.models.ModelConfig`.
+        backbone: config keys of the backbone, or of the flat model.
+        backbone_class: in plain PyTorch; for DeNS it takes keys of its own.
         heads: class and keys of each head, as
             :class:`~fairchem_equiformer.models.EquiformerV2Hydra` takes them; none if flat.
         weights: by the names of the model in plain PyTorch, in the order of its parameters.
@@ -72,6 +73,7 @@ class Checkpoint:
     path: Path
     form: str
     backbone: Config
+    backbone_class: type[models.EquiformerV2Backbone]
     heads: dict[str, tuple[type[nn.Module], Config]]
     weights: dict[str, Tensor] = field(repr=False)
     averaged: bool
@@ -83,7 +85,7 @@ class Checkpoint:
     @property
     def model_config(self) -> ModelConfig:
         """The backbone's keys, checked."""
-        return ModelConfig.from_keys(self.backbone)
+        return _checked(self.backbone, self.backbone_class)
 
     def model(self) -> models.EquiformerV2 | models.EquiformerV2Hydra:
         """The model in plain PyTorch, with the weights; its results are normalised.
@@ -95,7 +97,7 @@ class Checkpoint:
             model = (
                 models.EquiformerV2(**self.backbone)
                 if self.form == "flat"
-                else models.EquiformerV2Hydra(self.backbone, self.heads)
+                else models.EquiformerV2Hydra(self.backbone, self.heads, self.backbone_class)
             )
             load_weights(model, self.weights)
         except (CheckpointError, TypeError, ValueError) as error:
@@ -141,12 +143,12 @@ def understand(content: Config, path: Path) -> Checkpoint:
     config = content["config"]
     model = model_section(config)
     if model["name"] == "hydra":
-        form, backbone, heads = "hydra", *_hydra(model)
+        form, backbone_class, backbone, heads = "hydra", *_hydra(model)
     else:
-        names.resolve("config.model.name", model["name"], (names.FLAT,))
-        form, backbone, heads = "flat", _without(model, "name"), {}
+        found = names.resolve("config.model.name", model["name"], (names.FLAT,))
+        form, backbone_class, backbone, heads = "flat", found.module, _without(model, "name"), {}
     try:
-        checked = ModelConfig.from_keys(backbone)
+        checked = _checked(backbone, backbone_class)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     weights, averaged = _weights(content, frozen_backbone=bool(model.get("freeze_backbone")))
@@ -157,6 +159,7 @@ def understand(content: Config, path: Path) -> Checkpoint:
         path=path,
         form=form,
         backbone=backbone,
+        backbone_class=backbone_class,
         heads=heads,
         weights=weights,
         averaged=averaged,
@@ -202,15 +205,22 @@ def _without(keys: Config, name: str) -> Config:
     return {key: value for key, value in keys.items() if key != name}
 
 
-def _hydra(model: Config) -> tuple[Config, dict[str, tuple[type[nn.Module], Config]]]:
+def _checked(keys: Config, backbone_class: type[models.EquiformerV2Backbone]) -> ModelConfig:
+    own = backbone_class.own_keys
+    return ModelConfig.from_keys({key: value for key, value in keys.items() if key not in own})
+
+
+def _hydra(
+    model: Config,
+) -> tuple[type[models.EquiformerV2Backbone], Config, dict[str, tuple[type[nn.Module], Config]]]:
     backbone = model["backbone"]
-    names.resolve("config.model.backbone.model", backbone["model"], names.BACKBONES)
+    found = names.resolve("config.model.backbone.model", backbone["model"], names.BACKBONES)
     heads = {}
     for name, section in model["heads"].items():
         where = f"config.model.heads.{name}.module"
-        found = names.resolve(where, section["module"], names.HEADS)
-        heads[name] = (found.module, _without(section, "module"))
-    return _without(backbone, "model"), heads
+        head = names.resolve(where, section["module"], names.HEADS).module
+        heads[name] = (head, _without(section, "module"))
+    return found.module, _without(backbone, "model"), heads
 
 
 def _results(heads: dict[str, tuple[type[Any], Config]]) -> set[str]:

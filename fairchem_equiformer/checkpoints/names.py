@@ -58,6 +58,12 @@ BACKBONES = (
         ("EquiformerV2Backbone",),
         "fairchem_equiformer_v2_backbone",
     ),
+    Names(
+        models.DeNSBackbone,
+        ("equiformer_v2_dens_backbone",),
+        ("EqV2DeNSBackbone",),
+        "fairchem_equiformer_v2_dens_backbone",
+    ),
 )
 HEADS = (
     Names(
@@ -77,6 +83,24 @@ HEADS = (
         ("rank2_symmetric_head",),
         ("Rank2SymmetricTensorHead",),
         "fairchem_equiformer_v2_stress_head",
+    ),
+    Names(
+        models.DeNSEnergyHead,
+        ("eqV2_DeNS_scalar_head",),
+        ("DeNSScalarHead",),
+        "fairchem_equiformer_v2_dens_energy_head",
+    ),
+    Names(
+        models.DeNSForceHead,
+        ("eqV2_DeNS_vector_head",),
+        ("DeNSVectorHead",),
+        "fairchem_equiformer_v2_dens_force_head",
+    ),
+    Names(
+        models.DeNSStressHead,
+        ("dens_rank2_symmetric_head",),
+        ("DeNSRank2Head",),
+        "fairchem_equiformer_v2_dens_stress_head",
     ),
 )
 

@@ -80,6 +80,26 @@ class StressHead(models.StressHead, HeadInterface):
     """:class:`fairchem_equiformer.models.StressHead` for fairchem's ``hydra``."""
 
 
+@registry.register_model("fairchem_equiformer_v2_dens_backbone")
+class DeNSBackbone(_GraphParallel, models.DeNSBackbone):
+    """:class:`fairchem_equiformer.models.DeNSBackbone` for fairchem's ``hydra``."""
+
+
+@registry.register_model("fairchem_equiformer_v2_dens_energy_head")
+class DeNSEnergyHead(models.DeNSEnergyHead, HeadInterface):
+    """:class:`fairchem_equiformer.models.DeNSEnergyHead` for fairchem's ``hydra``."""
+
+
+@registry.register_model("fairchem_equiformer_v2_dens_force_head")
+class DeNSForceHead(models.DeNSForceHead, HeadInterface):
+    """:class:`fairchem_equiformer.models.DeNSForceHead` for fairchem's ``hydra``."""
+
+
+@registry.register_model("fairchem_equiformer_v2_dens_stress_head")
+class DeNSStressHead(models.DeNSStressHead, HeadInterface):
+    """:class:`fairchem_equiformer.models.DeNSStressHead` for fairchem's ``hydra``."""
+
+
 def no_weight_decay_of_hydra(original: Callable[[HydraModel], Any]) -> Callable[[HydraModel], Any]:
     """Make ``HydraModel.no_weight_decay`` give with our backbone what the flat model gives."""
 

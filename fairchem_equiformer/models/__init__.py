@@ -2,11 +2,21 @@
 
 from fairchem_equiformer.models.backbone import Embedding, EquiformerV2Backbone
 from fairchem_equiformer.models.config import ModelConfig
+from fairchem_equiformer.models.dens import (
+    DeNSBackbone,
+    DeNSEnergyHead,
+    DeNSForceHead,
+    DeNSStressHead,
+)
 from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
 from fairchem_equiformer.models.heads import EnergyHead, ForceHead, StressHead
 from fairchem_equiformer.models.hydra import EquiformerV2Hydra
 
 __all__ = [
+    "DeNSBackbone",
+    "DeNSEnergyHead",
+    "DeNSForceHead",
+    "DeNSStressHead",
     "Embedding",
     "EnergyHead",
     "EquiformerV2",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class EquiformerV2Backbone(nn.Module):
     Raises:
         ValueError: for an unknown key or an impossible value.
     """
+
+    own_keys: ClassVar[frozenset[str]] = frozenset()  # config keys beside ModelConfig's
 
     def __init__(self, **keys: Any) -> None:
         super().__init__()
@@ -117,12 +119,19 @@ class EquiformerV2Backbone(nn.Module):
         if graph.tags is not None:
             atoms = atoms + self.tag_embedding(edges.rows_of(graph.tags))
         x = torch.cat([x[:, :1] + atoms[:, None], x[:, 1:]], dim=1)
+        further = self.further_inputs(data, graph)
+        if further is not None:
+            x = x + edges.rows_of(further)
         for block in self.blocks[: self.num_layers]:
             if config.activation_checkpoint and torch.is_grad_enabled():
                 x = recomputed(block, x, inputs, random=True)
             else:
                 x = block(x, inputs)
         return Embedding(self.norm(x), graph, inputs)
+
+    def further_inputs(self, data: Any, graph: EdgeGraph) -> Tensor | None:  # noqa: ARG002
+        """What else the nodes start from: [N, (lmax + 1)^2, C], or None."""
+        return None
 
     def node_share(self, graph: EdgeGraph) -> NodeShare | None:  # noqa: ARG002
         """The atoms whose features this process computes; None for all.

@@ -6,7 +6,7 @@ Their ``forward`` takes the batch, which they do not need, since the hydra model
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -19,12 +19,14 @@ from fairchem_equiformer.models.readouts import (
     of_all_atoms,
     sum_energy,
 )
+from fairchem_equiformer.nn.feed_forward import FeedForward
 from fairchem_equiformer.nn.initialization import initialize
 from fairchem_equiformer.nn.rank2 import Rank2Readout
 from fairchem_equiformer.ops.segments import segment_sum
 
 
-def _check_backbone(head: nn.Module, backbone: nn.Module) -> None:
+def check_backbone(head: nn.Module, backbone: nn.Module) -> None:
+    """Raise TypeError unless a head can read this backbone's features."""
     if not isinstance(backbone, EquiformerV2Backbone):
         msg = (
             f"{type(head).__name__} reads fairchem_equiformer.EquiformerV2Backbone, not "
@@ -46,18 +48,20 @@ class EnergyHead(nn.Module):
         TypeError: for another backbone.
     """
 
+    block_name: ClassVar = "energy_block"  # in names of parameters
+
     def __init__(
         self, backbone: EquiformerV2Backbone, output_name: str = "energy", reduce: str = "sum"
     ) -> None:
         super().__init__()
-        _check_backbone(self, backbone)
+        check_backbone(self, backbone)
         if reduce not in ("sum", "mean"):
             msg = f"EnergyHead config: reduce is {reduce!r}, it must be 'sum' or 'mean'"
             raise ValueError(msg)
         self.output_name = output_name
         self.reduce = reduce
         self.average_num_nodes = backbone.average_num_nodes
-        self.energy_block = energy_block(backbone)
+        self.add_module(self.block_name, energy_block(backbone))
         initialize(self, backbone.config.weight_init)
         drop_derived(self)
 
@@ -68,7 +72,7 @@ class EnergyHead(nn.Module):
 
     def forward(self, data: Any, emb: Embedding) -> dict[str, Tensor]:  # noqa: ARG002
         """[B], keyed by ``output_name``."""
-        energy = sum_energy(self.energy_block, emb)
+        energy = sum_energy(cast("FeedForward", self.get_submodule(self.block_name)), emb)
         divisor = self.average_num_nodes if self.reduce == "sum" else emb.graph.natoms
         return {self.output_name: energy / divisor}
 
@@ -86,7 +90,7 @@ class ForceHead(nn.Module):
 
     def __init__(self, backbone: EquiformerV2Backbone, output_name: str = "forces") -> None:
         super().__init__()
-        _check_backbone(self, backbone)
+        check_backbone(self, backbone)
         self.output_name = output_name
         self.force_block = force_block(backbone)
         initialize(self, backbone.config.weight_init)
@@ -136,7 +140,7 @@ class StressHead(Rank2Readout):
         extensive: bool = False,
         avg_num_nodes: float = 1.0,
     ) -> None:
-        _check_backbone(self, backbone)
+        check_backbone(self, backbone)
         if num_mlp_layers < 1:
             msg = f"StressHead config: num_mlp_layers is {num_mlp_layers}, it must be at least 1"
             raise ValueError(msg)

@@ -16,13 +16,17 @@ class EquiformerV2Hydra(nn.Module):
         backbone: config keys of the backbone.
         heads: class and config keys of each head, by its name. As in fairchem, heads are made and
             stored in the order of their names.
+        backbone_class: of the backbone.
     """
 
     def __init__(
-        self, backbone: dict[str, Any], heads: dict[str, tuple[type[nn.Module], dict[str, Any]]]
+        self,
+        backbone: dict[str, Any],
+        heads: dict[str, tuple[type[nn.Module], dict[str, Any]]],
+        backbone_class: type[EquiformerV2Backbone] = EquiformerV2Backbone,
     ) -> None:
         super().__init__()
-        self.backbone = EquiformerV2Backbone(**backbone)
+        self.backbone = backbone_class(**backbone)
         self.output_heads = nn.ModuleDict(
             {name: head(self.backbone, **keys) for name, (head, keys) in sorted(heads.items())}
         )
