@@ -16,12 +16,21 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 from fairchem.core import OCPCalculator
 from fairchem.core.common.utils import load_config
+from fairchem.core.datasets import data_list_collater
 
+from fairchem_equiformer import checkpoints
 from fairchem_equiformer.fairchem1 import cli
+from fairchem_equiformer.models import DeNSBackbone
+from tests.models import relative_error
 from tests.test_configs import CONFIGS, trainable_parameters
 
 # Of fairchem's own classes under the same keys.
-PARAMETERS = {"eqv2_31M": 31_207_434, "eqv2_86M": 86_589_068, "eqv2_153M": 153_769_868}
+PARAMETERS = {
+    "eqv2_31M": 31_207_434,
+    "eqv2_86M": 86_589_068,
+    "eqv2_153M": 153_769_868,
+    "eqv2_31M_dens": 34_339_083,
+}
 
 TINY_BACKBONE = {
     "max_neighbors": 20,
@@ -161,3 +170,22 @@ def test_cell_relaxation_restores_a_strained_crystal(pretrained):
     start, expected = relaxed_volume(EMT())
     _, found = relaxed_volume(OCPCalculator(checkpoint_path=pretrained, cpu=True))
     assert abs(found - expected) < 0.5 * abs(start - expected)
+
+
+@pytest.mark.long
+def test_dens_trains_from_its_config(train):
+    """By fairchem's own trainer; the calculator and the potential without fairchem agree."""
+    path = train("eqv2_31M_dens", 4, {"backbone": TINY_BACKBONE})
+    calculator = OCPCalculator(checkpoint_path=path, cpu=True)
+    atoms = crystal("Cu", 2000)
+    atoms.calc = calculator
+    checkpoint = checkpoints.load(path)
+    assert checkpoint.backbone_class is DeNSBackbone
+    with torch.no_grad():
+        found = checkpoint.potential()(data_list_collater([calculator.a2g.convert(atoms)]))
+    assert float(found["energy"]) == pytest.approx(atoms.get_potential_energy(), rel=1e-5)
+    for target, value in (
+        ("forces", atoms.get_forces()),
+        ("stress", atoms.get_stress(voigt=False)[None]),
+    ):
+        assert relative_error(found[target], torch.tensor(value).to(found[target])) < 1e-5
