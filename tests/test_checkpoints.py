@@ -69,6 +69,13 @@ def _normalizer_of_the_whole(monkeypatch):
     monkeypatch.setitem(NORMALIZERS, "stress", (0.2, 0.4))
 
 
+class Hostile:
+    """A value whose pickle runs a program."""
+
+    def __reduce__(self):
+        return os.system, ("echo struck",)
+
+
 class TestReading:
     def test_numbers_of_numpy(self, tmp_path):
         """As metrics of older releases are, under NumPy 1 and 2."""
@@ -94,23 +101,37 @@ class TestReading:
             checkpoints.read(path)
         assert torch.serialization.get_safe_globals() == before
 
-    def test_hostile(self, tmp_path, capfd):
-        """What it asks for is named, and not called."""
-
-        class Hostile:
-            def __reduce__(self):
-                return os.system, ("echo struck",)
-
-        path = save({"state_dict": {}, "config": Hostile()}, tmp_path / "a.pt")
+    @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+    @pytest.mark.parametrize("archive", [True, False])
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+    def test_hostile(self, protocol, archive, tmp_path, capfd):
+        """What it asks for is named, and not called; nor is it advised to read it all the same."""
+        path, content = tmp_path / "a.pt", {"config": "system", "state_dict": Hostile()}
+        if archive:
+            torch.save(content, path, pickle_protocol=protocol)
+        else:
+            path.write_bytes(pickle.dumps(content, protocol=protocol))
         with pytest.raises(checkpoints.CheckpointError, match=r"asks for (posix|nt)\.system") as e:
             checkpoints.read(path)
-        assert "trusted=True" in str(e.value)
-        assert "--trusted" in str(e.value)
-        assert "\n" not in str(e.value)
-        assert str(path) in str(e.value)
+        message = str(e.value)
+        assert message.startswith(f"{path}: asks for ")
+        assert "trusted=True" in message
+        assert "--trusted" in message
+        assert "weights_only" not in message
+        assert "\n" not in message
         assert "struck" not in capfd.readouterr().out
-        checkpoints.read(path, trusted=True)
+
+    def test_trusted(self, tmp_path, capfd):
+        checkpoints.read(save({"config": Hostile()}, tmp_path / "a.pt"), trusted=True)
         assert "struck" in capfd.readouterr().out
+
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+    def test_harmless_but_not_understood(self, tmp_path):
+        path = tmp_path / "a.pt"
+        torch.save({"config": {}}, path, pickle_protocol=4)
+        with pytest.raises(checkpoints.CheckpointError, match="cannot be read") as error:
+            checkpoints.read(path)
+        assert "weights_only" not in str(error.value)
 
     @pytest.mark.parametrize("kind", ["missing", "no pickle", "list", "plain pickle"])
     def test_no_checkpoint(self, kind, tmp_path):
@@ -294,6 +315,38 @@ def break_all(content):
     content.clear()
 
 
+def break_state(content):
+    content["state_dict"] = None
+
+
+def break_references(content):
+    content["elementrefs"]["energy"] = {"coeff": torch.zeros(3)}
+
+
+def break_backbone(content):
+    content["config"]["model"] = {
+        "name": "hydra",
+        "backbone": {"num_layers": 2},
+        "heads": {"a": {}},
+    }
+
+
+def break_heads(content):
+    backbone = {"model": "equiformer_v2_backbone"}
+    content["config"]["model"] = {"name": "hydra", "backbone": backbone, "heads": {"a": {}}}
+
+
+def break_finetuned(content):
+    content["config"]["model"] = {"name": "hydra", "finetune_config": {}}
+
+
+def break_output_names(content):
+    head = {"module": "equiformerV2_scalar_head"}
+    backbone = {"model": "equiformer_v2_backbone"}
+    heads = {"a": head, "b": head}
+    content["config"]["model"] = {"name": "hydra", "backbone": backbone, "heads": heads}
+
+
 def break_normalizer(content):
     content["normalizers"]["energy"] = {"mean": torch.zeros(3)}
 
@@ -306,6 +359,12 @@ def break_normalizer(content):
         (break_config, "names no model"),
         (break_all, "no state_dict and config"),
         (break_normalizer, "normaliser of energy"),
+        (break_state, "no state_dict and config"),
+        (break_references, "element references of energy"),
+        (break_backbone, "config.model.backbone.model is None"),
+        (break_heads, "config.model.heads.a.module is None"),
+        (break_finetuned, "without backbone or heads of its own"),
+        (break_output_names, "two heads of config.model give 'energy' (output_name)"),
     ],
 )
 def test_what_is_not_understood_is_one_line(change, part, tmp_path):

@@ -172,7 +172,7 @@ def understand(content: Config, path: Path) -> Checkpoint:
 
 def check_content(content: Config) -> None:
     """Raise CheckpointError if this is no checkpoint of fairchem."""
-    if not {"state_dict", "config"} <= content.keys():
+    if not all(isinstance(content.get(key), Mapping) for key in ("state_dict", "config")):
         raise CheckpointError("it holds no state_dict and config: not a checkpoint of fairchem")
 
 
@@ -214,11 +214,11 @@ def _hydra(
     model: Config,
 ) -> tuple[type[models.EquiformerV2Backbone], Config, dict[str, tuple[type[nn.Module], Config]]]:
     backbone = model["backbone"]
-    found = names.resolve("config.model.backbone.model", backbone["model"], names.BACKBONES)
+    found = names.resolve("config.model.backbone.model", backbone.get("model"), names.BACKBONES)
     heads = {}
     for name, section in model["heads"].items():
         where = f"config.model.heads.{name}.module"
-        head = names.resolve(where, section["module"], names.HEADS).module
+        head = names.resolve(where, section.get("module"), names.HEADS).module
         heads[name] = (head, _without(section, "module"))
     return found.module, _without(backbone, "model"), heads
 
@@ -282,7 +282,7 @@ def _weights(content: Config, *, frozen_backbone: bool) -> tuple[dict[str, Tenso
     if not average:
         return weights, False
     trained = list(filter(is_trained, weights))
-    values = average["shadow_params"]
+    values = average.get("shadow_params", [])
     if [value.shape for value in values] != [weights[name].shape for name in trained]:
         raise CheckpointError("its moving averages (ema) do not fit its weights (state_dict)")
     return weights | dict(zip(trained, values, strict=True)), True
@@ -344,7 +344,8 @@ def _normalizer(target: str, values: Mapping[str, Any]) -> Normalizer:
 
 
 def _references(content: Config) -> dict[str, Tensor]:
-    return {
-        target: torch.as_tensor(values["element_references"])
-        for target, values in (content.get("elementrefs") or {}).items()
-    }
+    saved = content.get("elementrefs") or {}
+    for target, values in saved.items():
+        if "element_references" not in values:
+            raise CheckpointError(f"its element references of {target} are no list of values")
+    return {t: torch.as_tensor(values["element_references"]) for t, values in saved.items()}

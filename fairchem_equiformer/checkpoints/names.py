@@ -105,7 +105,7 @@ HEADS = (
 )
 
 
-def resolve(where: str, name: str, among: tuple[Names, ...]) -> Names:
+def resolve(where: str, name: str | None, among: tuple[Names, ...]) -> Names:
     """Whose name this is.
 
     Args:
@@ -117,7 +117,7 @@ def resolve(where: str, name: str, among: tuple[Names, ...]) -> Names:
         CheckpointError: for none of them.
     """
     for names in among:
-        if names.mean(name):
+        if name is not None and names.mean(name):
             return names
     known = sorted(name for names in among for name in (*names.registered, names.ours))
     raise CheckpointError(f"{where} is {name!r}; known are {', '.join(known)}")

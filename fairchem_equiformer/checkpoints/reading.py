@@ -9,9 +9,11 @@ here, whatever NumPy is installed.
 
 from __future__ import annotations
 
+import pickletools
 import re
 import threading
-from contextlib import contextmanager
+import zipfile
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,18 +112,55 @@ def read(path: str | Path, *, trusted: bool = False) -> dict[str, Any]:
             with _allowed():
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: {_reason(error, trusted=trusted)}") from error
+        raise CheckpointError(f"{path}: {_reason(path, error, trusted=trusted)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: it holds {type(content).__name__}, not a checkpoint's dict")
     return content
 
 
-def _reason(error: Exception, *, trusted: bool) -> str:
+def _reason(path: Path, error: Exception, *, trusted: bool) -> str:
+    """What is wrong with a file, without PyTorch's advice to read it unsafely."""
     text = " ".join(str(error).split())
-    asked = _REFUSED.search(text)
-    if trusted or asked is None:
-        return f"cannot be read ({text or type(error).__name__})"
-    return (
-        f"asks for {asked[1]}, which no checkpoint of fairchem needs: refused; if you trust where"
-        " it comes from, read it with trusted=True (commands: --trusted)"
-    )
+    if not trusted:
+        asked = _REFUSED.findall(text) or [name for name in _asked_for(path) if _is_foreign(name)]
+        if asked:
+            return (
+                f"asks for {asked[0]}, which no checkpoint of fairchem needs: refused; if you trust"
+                " where it comes from, read it with trusted=True (commands: --trusted)"
+            )
+        text = text.partition("WeightsUnpickler error: ")[2] or text
+        text = text.partition(" Check the documentation")[0]
+    return f"cannot be read ({text or type(error).__name__})"
+
+
+def _is_foreign(name: str) -> bool:
+    allowed = {f"{one.__module__}.{one.__name__}" for one in _ALLOWED}
+    return not name.startswith(("torch.", "collections.")) and name not in allowed
+
+
+def _asked_for(path: Path) -> list[str]:
+    """Names in a file's pickle, nothing of which is run; as far as it can be parsed."""
+    found: list[str] = []
+    with suppress(Exception):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                _collect(archive.read(name), found)
+        else:
+            _collect(path.read_bytes(), found)
+    return found
+
+
+def _collect(pickled: bytes, found: list[str]) -> None:
+    strings, memo = [""], [""]  # pushed last; remembered, in the order in which they were
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name in ("GLOBAL", "INST"):
+            found.append(str(argument).replace(" ", "."))
+        elif operation.name == "STACK_GLOBAL":
+            found.append(".".join(strings[-2:]))
+        elif operation.name == "MEMOIZE":
+            memo.append(strings[-1])
+        elif operation.name in ("BINGET", "LONG_BINGET") and isinstance(argument, int):
+            strings.append(memo[argument + 1] if argument + 1 < len(memo) else "")
+        elif isinstance(argument, str):
+            strings.append(argument)
