@@ -80,3 +80,16 @@ def moved(data: Data, rotation: torch.Tensor | None = None, shift: torch.Tensor 
     if shift is not None:
         data.pos = data.pos + shift
     return data
+
+
+def noisy(batch: Batch, mask: float | None = None) -> Batch:
+    """The batch with what fairchem's DeNS trainer adds in a noisy step; `mask` noisy of all."""
+    generator = torch.Generator().manual_seed(3)
+    shape = batch.pos.shape
+    batch.forces = torch.randn(shape, generator=generator)
+    batch.forces[2] = 0.0
+    batch.sigmas = torch.rand((shape[0], 1), generator=generator)
+    batch.denoising_pos_forward = True
+    if mask is not None:
+        batch.noise_mask = torch.rand(shape[0], generator=generator) < mask
+    return batch

@@ -22,7 +22,7 @@ from fairchem_equiformer.so3.frames import edge_rotation_matrices
 from tests.conftest import make_tiny_config
 from tests.models import KEYS, fix_roll, relative_error, results
 from tests.stock_checkpoints import build
-from tests.structures import batch_of, single_atom, slab, three_slabs
+from tests.structures import batch_of, noisy, single_atom, slab, three_slabs
 
 STRESS = {"use_source_target_embedding": True, "decompose": True, "use_denoising": False}
 STOCK_HEADS: dict[str, Any] = {
@@ -40,19 +40,6 @@ def section(heads=None, **keys):
         "backbone": {"model": "equiformer_v2_dens_backbone", **KEYS, **keys},
         "heads": copy.deepcopy(STOCK_HEADS if heads is None else heads),
     }
-
-
-def noisy(batch, mask=None):
-    """The batch as the trainer hands it on in a noisy step."""
-    generator = torch.Generator().manual_seed(3)
-    shape = batch.pos.shape
-    batch.forces = torch.randn(shape, generator=generator)
-    batch.forces[2] = 0.0
-    batch.sigmas = torch.rand((shape[0], 1), generator=generator)
-    batch.denoising_pos_forward = True
-    if mask is not None:
-        batch.noise_mask = torch.rand(shape[0], generator=generator) < mask
-    return batch
 
 
 def pair(**changes):

@@ -17,7 +17,7 @@ from fairchem.core.modules.loss import DDPLoss
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models import ours, results
-from tests.structures import batch_of, single_atom, slab
+from tests.structures import batch_of, noisy, single_atom, slab
 from tests.test_hydra import hydra
 from tests.tolerances import assert_all_close, assert_close
 
@@ -35,8 +35,18 @@ MODELS = {
         use_gate_act=True, activation_checkpoint=True
     ),
     "hydra": hydra,
+    "DeNS": lambda: hydra(
+        {
+            "energy": {"module": "fairchem_equiformer.DeNSEnergyHead", "use_denoising": False},
+            "forces": {"module": "fairchem_equiformer.DeNSForceHead"},
+        },
+        keys={
+            "model": "fairchem_equiformer.DeNSBackbone",
+            "use_noise_schedule_sigma_encoding": True,
+        },
+    ),
 }
-DATA_PARALLEL = ["flat", "hydra"]
+DATA_PARALLEL = ["flat", "hydra", "DeNS"]
 # Of the loss of labelled atoms: how many each process has.
 LABELLED = {"unlike numbers": (2, 7), "one process without": (0, 3), "none": (0, 0)}
 
@@ -46,9 +56,10 @@ def model_of(name):
     return MODELS[name]()
 
 
-def two_structures():
+def two_structures(name):
     """21 atoms: shares of unlike size, and the second structure is in both."""
-    return batch_of(slab("Cu", "CO", 1), slab("Pt", "H2O", 2))
+    batch = batch_of(slab("Cu", "CO", 1), slab("Pt", "H2O", 2))
+    return noisy(batch, mask=0.5) if name == "DeNS" else batch
 
 
 def work(rank: int, folder: Path) -> None:
@@ -66,7 +77,7 @@ def work(rank: int, folder: Path) -> None:
     for name in DATA_PARALLEL:
         model = DistributedDataParallel(model_of(name))
         for seed in range(2):  # a second step fails if a parameter had no gradient in the first
-            saved[f"data-parallel, {name}"] = results(model, shard(rank, seed))
+            saved[f"data-parallel, {name}"] = results(model, shard(name, rank, seed))
     saved["masked_mae"] = {
         case: masked_loss(DistributedDataParallel(layer()), *partly_labelled(rank, sizes[rank]))
         for case, sizes in LABELLED.items()
@@ -74,7 +85,7 @@ def work(rank: int, folder: Path) -> None:
     gp_utils.setup_gp({"gp_gpus": PROCESSES, "distributed_backend": "gloo"})
     for name in MODELS:
         model = DistributedDataParallel(model_of(name))
-        saved[f"graph-parallel, {name}"] = results(model, two_structures())
+        saved[f"graph-parallel, {name}"] = results(model, two_structures(name))
     saved["graph-parallel, single atom"] = results(
         DistributedDataParallel(model_of("flat")), batch_of(single_atom())
     )
@@ -83,9 +94,10 @@ def work(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def shard(rank, seed=1):
-    """A batch of its own for each process."""
-    return batch_of(slab("Cu", "CO", 10 * seed + rank), slab("Ni", "H2O", 20 * seed + rank))
+def shard(name, rank, seed=1):
+    """A batch of its own for each process; with DeNS, that of one process is noisy."""
+    batch = batch_of(slab("Cu", "CO", 10 * seed + rank), slab("Ni", "H2O", 20 * seed + rank))
+    return noisy(batch) if name == "DeNS" and rank == seed else batch
 
 
 def layer():
@@ -123,7 +135,7 @@ def assert_gradients(by_process, expected):
 
 @pytest.mark.parametrize("name", DATA_PARALLEL)
 def test_data_parallel(processes, name):
-    single = [results(model_of(name), shard(rank)) for rank in range(PROCESSES)]
+    single = [results(model_of(name), shard(name, rank)) for rank in range(PROCESSES)]
     for saved, (expected, _) in zip(processes, single, strict=True):
         for key, value in expected.items():
             assert torch.equal(saved[f"data-parallel, {name}"][0][key], value), key
@@ -136,7 +148,7 @@ def test_data_parallel(processes, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_graph_parallel(processes, name):
-    expected, gradients = results(model_of(name), two_structures())
+    expected, gradients = results(model_of(name), two_structures(name))
     for saved in processes:
         assert_all_close(saved[f"graph-parallel, {name}"][0], expected, "outputs")
     assert_gradients([saved[f"graph-parallel, {name}"][1] for saved in processes], gradients)
