@@ -20,9 +20,10 @@ from fairchem_equiformer.checkpoints.checkpoint import without_prefix
 from fairchem_equiformer.fairchem1 import cli, convert
 from fairchem_equiformer.so3.frames import edge_rotation_matrices
 from tests.conftest import make_tiny_config
-from tests.models import KEYS, fix_roll, relative_error, results
+from tests.models import KEYS, fix_roll, results
 from tests.stock_checkpoints import build
 from tests.structures import batch_of, noisy, single_atom, slab, three_slabs
+from tests.tolerances import assert_all_close, assert_close, relative_error
 
 STRESS = {"use_source_target_embedding": True, "decompose": True, "use_denoising": False}
 STOCK_HEADS: dict[str, Any] = {
@@ -58,15 +59,13 @@ def pair(**changes):
 
 def assert_same(theirs, own, data):
     (expected, reference), (got, gradients) = results(theirs, data), results(own, data)
-    assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        assert relative_error(got[key], value) < 1e-5, key
+    assert_all_close(got, expected, "outputs")
     for name, value in reference.items():
         if value is None:
             assert gradients[name] is None or not gradients[name].any(), name
         else:  # of sphharm_norm see test_hydra.py
-            tolerance = 1e-3 if "sphharm_norm" in name else 5e-5
-            assert relative_error(gradients[name], value) < tolerance, name
+            kind = "gradients that cancel" if "sphharm_norm" in name else "gradients"
+            assert_close(gradients[name], value, kind, name=name)
 
 
 BATCHES = {

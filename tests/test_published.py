@@ -22,7 +22,6 @@ from fairchem_equiformer.checkpoints.checkpoint import understand
 from fairchem_equiformer.checkpoints.published import PUBLISHED
 from fairchem_equiformer.fairchem1 import convert
 from fairchem_equiformer.models import DeNSBackbone
-from tests.models import relative_error
 from tests.stock_checkpoints import (
     OUTPUTS,
     STRESS,
@@ -32,6 +31,7 @@ from tests.stock_checkpoints import (
     stock_predictions,
 )
 from tests.structures import batch_of, slab
+from tests.tolerances import assert_close
 
 CUT = {
     "num_layers": 2,
@@ -98,7 +98,7 @@ def assert_predicts_the_same(one, path, batch):
     assert tuple(found) == one.outputs
     assert set(expected) == set(found)
     for target, value in found.items():
-        assert relative_error(value.flatten(), expected[target].flatten()) < 1e-5, target
+        assert_close(value.flatten(), expected[target].flatten(), "outputs", name=target)
 
 
 @every_one
