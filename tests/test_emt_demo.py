@@ -326,7 +326,7 @@ class TestRun:
         assert "== train" in capsys.readouterr().out
 
     @pytest.mark.parametrize("long", [False, True])
-    def test_only_the_long_demo_trains_for_longer_than_the_config(
+    def test_only_the_long_demo_trains_for_longer(
         self, tmp_path, monkeypatch, long
     ):
         commands = []
