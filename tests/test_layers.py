@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "checkpoints": CHECKPOINTS,
     "calculators": {"errors"},
     "fairchem1": ADAPTER,
+    "fairchem2": ADAPTER,
     "__init__": APPLICATION,  # nothing until it is asked for, see test_lazy_imports.py
     "__main__": APPLICATION,
     "convert": APPLICATION,

@@ -137,7 +137,8 @@ class _Structures:
 
     def name(self, graph: int) -> str:
         """What a message calls a structure: its place in the batch and, if it has one, its sid."""
-        sid = f" (sid {self.sids[graph]})" if graph < len(self.sids) else ""
+        known = graph < len(self.sids) and self.sids[graph] != ""  # fairchem 2's for "none"
+        sid = f" (sid {self.sids[graph]})" if known else ""
         return f"structure {graph} of the batch{sid}"
 
     def atom_in_structure(self, atom: int) -> int:
