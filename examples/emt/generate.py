@@ -39,11 +39,12 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.data import atomic_numbers, reference_states
 from ase.optimize import BFGS
-from torch_geometric.data import Data
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from torch_geometric.data import Data
 
 DATA_VERSION = 1  # raise it when the same seed gives other data: the manifest then differs
 
@@ -267,6 +268,8 @@ def structure_fields(
 
 def s2ef_data(relaxation: Relaxation) -> Iterator[Data]:
     """One structure to energy and forces example per frame."""
+    from torch_geometric.data import Data  # noqa: PLC0415  # ase_databases.py goes without
+
     for frame in relaxation.frames:
         yield Data(
             **structure_fields(relaxation, frame.positions),
@@ -278,6 +281,8 @@ def s2ef_data(relaxation: Relaxation) -> Iterator[Data]:
 
 def is2re_data(relaxation: Relaxation) -> Iterator[Data]:
     """One initial structure to relaxed energy and structure example per system."""
+    from torch_geometric.data import Data  # noqa: PLC0415
+
     relaxed = relaxation.frames[-1]
     yield Data(
         **structure_fields(relaxation, relaxation.frames[0].positions),
