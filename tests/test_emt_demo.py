@@ -326,9 +326,7 @@ class TestRun:
         assert "== train" in capsys.readouterr().out
 
     @pytest.mark.parametrize("long", [False, True])
-    def test_only_the_long_demo_trains_for_longer(
-        self, tmp_path, monkeypatch, long
-    ):
+    def test_only_the_long_demo_trains_for_longer(self, tmp_path, monkeypatch, long):
         commands = []
         monkeypatch.setattr(run.Demo, "step", lambda _self, _name, words: commands.append(words))
         monkeypatch.setattr(run.Demo, "checkpoint", lambda *_: None)
