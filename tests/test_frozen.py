@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 
+from fairchem_equiformer.nn.frozen import FrozenWeights
 from fairchem_equiformer.ops import edge_attention, radial
-from fairchem_equiformer.ops.frozen import FrozenWeights
 from tests.models import ours
 from tests.structures import three_slabs
 
@@ -108,3 +112,65 @@ def test_gradients_within():
         predict(model)
         found = gradients()
     assert all(map(torch.equal, found, gradients()))
+
+
+def test_the_address_of_a_weight_is_not_used_again():
+    """What tells weights apart is where they are, so that has to stay theirs as long as it counts.
+
+    The allocator gives the memory of a freed tensor to the next one of its size.
+    """
+    model, frozen = ours(), FrozenWeights()
+    weight = model.blocks[0].ffn.so3_linear_2.weight
+    memory = weight.detach().numpy().copy()
+    alive = weakref.ref(memory)
+    weight.data = torch.from_numpy(memory)
+    with frozen.used_by(model):
+        before = predict(model)
+    weight.data = 1.5 * weight.data
+    del memory
+    assert alive() is not None
+    with frozen.used_by(model):
+        after = predict(model)
+    assert alive() is None
+    assert_same_bits(after, predict(model))
+    assert not torch.equal(before["energy"], after["energy"])
+
+
+def test_another_model_within_is_not_frozen():
+    model, other = ours(), ours()
+    with FrozenWeights().used_by(model):
+        before = predict(other)
+        for parameter in other.parameters():
+            parameter.data.mul_(1.1)
+        after = predict(other)
+    assert not torch.equal(before["energy"], after["energy"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_begin_empty(copied, made):
+    model, frozen = ours(), FrozenWeights()
+    with frozen.used_by(model):
+        expected = predict(model)
+    count = len(made)
+    twin, twins = copied((model, frozen))
+    with twins.used_by(twin):
+        assert_same_bits(predict(twin), expected)
+    assert len(made) == 2 * count
+
+
+def test_what_is_kept_is_no_part_of_the_model():
+    model = ours()
+    before = set(model.state_dict()), set(vars(model.blocks[0].ga))
+    with FrozenWeights().used_by(model):
+        predict(model)
+        assert (set(model.state_dict()), set(vars(model.blocks[0].ga))) == before
+
+
+def test_nothing_kept_after_an_error():
+    model, frozen = ours(), FrozenWeights()
+    with pytest.raises(ArithmeticError), frozen.used_by(model):
+        raise ArithmeticError
+    before = predict(model)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    assert not torch.equal(before["energy"], predict(model)["energy"])

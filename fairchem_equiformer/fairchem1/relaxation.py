@@ -5,7 +5,7 @@ the others: the last frame of a converged system is one step old, and one that s
 frame at all. IS2RE energies are read off the last frames.
 
 Each prediction of a trainer puts the moving averages in place of the weights and back. In a
-relaxation they stay in place, and with them what is made of the weights alone (ops/frozen.py).
+relaxation they stay in place, and with them what is made of the weights alone (nn/frozen.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from ase.io import Trajectory
 from fairchem.core.common.relaxation.optimizers import lbfgs_torch
 
-from fairchem_equiformer.ops.frozen import FrozenWeights
+from fairchem_equiformer.nn.frozen import FrozenWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -83,7 +83,7 @@ class EquiformerV2Backbone(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(block) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm_type](config.lmax, config.sphere_channels)
         initialize(self, config.weight_init)
-        explain_misfits(self, config)
+        explain_misfits(self)
         drop_derived(self)
 
     def forward(self, data: Any) -> Any:

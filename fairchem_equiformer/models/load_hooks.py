@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -33,33 +33,38 @@ def is_derived(name: str) -> bool:
 
 def drop_derived(module: nn.Module) -> None:
     """Make ``load_state_dict`` ignore the tables that fairchem's models save for ``module``."""
-
-    def hook(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            if is_derived(key.removeprefix(prefix)):
-                del state_dict[key]
-
-    module._register_load_state_dict_pre_hook(hook)  # noqa: SLF001 (torch has no public one in 2.4)
+    module._register_load_state_dict_pre_hook(_drop)  # noqa: SLF001 (torch has no public one in 2.4)
 
 
-def explain_misfits(model: nn.Module, config: ModelConfig) -> None:
+# Hooks are functions of the module, so that models can be pickled.
+def _drop(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        if is_derived(key.removeprefix(prefix)):
+            del state_dict[key]
+
+
+def explain_misfits(model: nn.Module) -> None:
     """Make ``model.load_state_dict`` say how the model that wrote a checkpoint differs.
+
+    Args:
+        model: with its ``config``, a :class:`~fairchem_equiformer.models.config.ModelConfig`.
 
     Raises (when a checkpoint is loaded):
         ValueError: if it was made by a model of another size; lists the config keys and the tensors
             that differ.
     """
+    register = model._register_load_state_dict_pre_hook  # noqa: SLF001 (torch has no public one)
+    register(_explain, with_module=True)
 
-    def hook(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        saved = {
-            key.removeprefix(prefix): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix) and isinstance(value, Tensor)
-        }
-        _check_cutoff(saved, config)
-        _check_sizes(saved, dict(model.named_parameters()))
 
-    model._register_load_state_dict_pre_hook(hook)  # noqa: SLF001 (torch has no public one in 2.4)
+def _explain(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    saved = {
+        key.removeprefix(prefix): value
+        for key, value in state_dict.items()
+        if key.startswith(prefix) and isinstance(value, Tensor)
+    }
+    _check_cutoff(saved, cast("ModelConfig", model.config))
+    _check_sizes(saved, dict(model.named_parameters()))
 
 
 def _check_cutoff(saved: Mapping[str, Tensor], config: ModelConfig) -> None:

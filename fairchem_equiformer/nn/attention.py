@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
+from fairchem_equiformer.nn.frozen import kept
 from fairchem_equiformer.nn.radial import ElementEmbedding, RadialFunction
 from fairchem_equiformer.nn.so2_linear import SO2Convolution
 from fairchem_equiformer.nn.so3_linear import SO3Linear
-from fairchem_equiformer.ops.edge_attention import AttentionSpec, AttentionWeights, edge_attention
+from fairchem_equiformer.ops.edge_attention import (
+    AttentionSpec,
+    AttentionWeights,
+    PreparedWeights,
+    edge_attention,
+    product_dtype,
+)
 from fairchem_equiformer.ops.touch import touch
 from fairchem_equiformer.so3.layout import Layout, layout
 
@@ -124,7 +131,15 @@ class GraphAttention(nn.Module):
             mask = nn.functional.dropout(ones, self.alpha_drop)
         if edges.share is not None:
             x = edges.share.gather(x)
-        y = edge_attention(x, edges, inputs.basis, self._weights(inputs), self.spec, mask)
+        weights = self._weights(inputs)
+        dtype = product_dtype(weights)
+        prepared = kept(
+            self,
+            "weights of the edges",
+            dtype,
+            lambda: PreparedWeights.of(weights.including(inputs.basis), dtype),
+        )
+        y = edge_attention(x, edges, inputs.basis, weights, self.spec, mask, prepared)
         if self.out_degree is None:
             return self.proj(y)
         y = y.to(self.proj.weight.dtype) @ self.proj.weight[self.out_degree].t()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
+from fairchem_equiformer.nn.frozen import kept
 from fairchem_equiformer.nn.radial import ElementEmbedding, RadialFunction
 from fairchem_equiformer.ops.edge_degree import edge_degree_embedding
+from fairchem_equiformer.ops.radial import RadialTables
 
 
 class EdgeDegreeEmbedding(nn.Module):
@@ -48,5 +50,11 @@ class EdgeDegreeEmbedding(nn.Module):
         """Embedding [rows, (lmax + 1)^2, C]."""
         source = self.source_embedding or inputs.source_embedding
         target = self.target_embedding or inputs.target_embedding
-        weights = self.rad_func.weights(source, target)
-        return edge_degree_embedding(inputs.edges, inputs.basis, weights, self.average_degree)
+        weights, basis = self.rad_func.weights(source, target), inputs.basis
+        tables = kept(
+            self,
+            "tables",
+            weights.weight_1.dtype,
+            lambda: RadialTables.of(weights.including(basis)),
+        )
+        return edge_degree_embedding(inputs.edges, basis, weights, self.average_degree, tables)

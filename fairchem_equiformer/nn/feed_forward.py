@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairchem_equiformer.nn.frozen import once
 from fairchem_equiformer.nn.so3_linear import SO3Linear
-from fairchem_equiformer.ops.frozen import once
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
@@ -64,7 +64,7 @@ class FeedForward(nn.Module):
         hidden = self._scalars(x) if self.scalars_only else self._hidden(x)
         weight: Tensor = self.so3_linear_2.weight
         if self.config.activation.endswith("grid_mlp"):
-            weight = once(self._last_weight, "last", x.dtype, weight)
+            weight = once(self, "last", x.dtype, self._last_weight)
         return so3_linear(
             hidden, weight[:1] if self.scalars_only else weight, self.so3_linear_2.bias
         )
@@ -100,8 +100,7 @@ class FeedForward(nn.Module):
         return _matmul(mix, first.weight), mix @ first.bias
 
     def _first_grid_layer(self, x: Tensor) -> Tensor:
-        weight = self.so3_linear_1.weight
-        return so3_linear(x, *once(self._first_weight, "first", x.dtype, weight))
+        return so3_linear(x, *once(self, "first", x.dtype, self._first_weight))
 
     def _hidden(self, x: Tensor) -> Tensor:
         """All degrees after the non-linearity: [N, (lmax + 1)^2, hidden]."""

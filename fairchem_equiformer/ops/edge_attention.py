@@ -30,7 +30,6 @@ from fairchem_equiformer.ops.attention_softmax import (
     attention_softmax_backward,
 )
 from fairchem_equiformer.ops.edges import ChunkFrames, Edges, chunk_frames
-from fairchem_equiformer.ops.frozen import once
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.message import Message, message, message_backward
 from fairchem_equiformer.ops.radial import (
@@ -71,6 +70,10 @@ class AttentionWeights(NamedTuple):
     alpha_dot: Tensor  # [heads, alpha_channels]
     conv_2: tuple[Tensor, ...]
     conv_2_bias: Tensor
+
+    def including(self, basis: Basis) -> AttentionWeights:
+        """With the parameters of learned Gaussians among the radial weights."""
+        return self._replace(radial=self.radial.including(basis))
 
     def flatten(self) -> list[Tensor | None]:
         """All tensors in a fixed order."""
@@ -178,19 +181,40 @@ class _Convolutions(NamedTuple):
         )
 
 
+class PreparedWeights(NamedTuple):
+    """What the edges read of a layer's weights, made once for all of them. Has no gradient."""
+
+    convolutions: _Convolutions
+    radial: RadialTables
+
+    @classmethod
+    def of(cls, weights: AttentionWeights, dtype: torch.dtype) -> PreparedWeights:
+        """For matrix products in a dtype, see :func:`product_dtype`."""
+        with torch.no_grad(), torch.autocast(weights.alpha_dot.device.type, enabled=False):
+            return cls(_Convolutions.of(weights, dtype), RadialTables.of(weights.radial))
+
+
+def product_dtype(weights: AttentionWeights) -> torch.dtype:
+    """The dtype of a layer's matrix products: autocast's, or that of its weights."""
+    device = weights.alpha_dot.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weights.conv_1_bias.dtype
+
+
 def _forward(
-    layer: _Layer, x: Tensor, weights: AttentionWeights, mask: Tensor | None, kept: Tensor | None
+    layer: _Layer,
+    x: Tensor,
+    weights: AttentionWeights,
+    prepared: PreparedWeights,
+    mask: Tensor | None,
+    kept: Tensor | None,
 ) -> Tensor:
     """All chunks. ``kept`` [E, ...], if given, receives the first SO(2) layer's output."""
     spec, out_layout = layer.spec, layer.spec.out_layout
     channels = spec.num_heads * spec.value_channels
     out = x.new_empty(layer.edges.num_rows, out_layout.num_coefficients, channels)
-    conv, tables = once(
-        lambda: (_Convolutions.of(weights, layer.dtype), RadialTables.of(weights.radial)),
-        "attention",
-        layer.dtype,
-        *(weights.radial.weight_1, weights.conv_1[0], weights.conv_2[0]),
-    )
+    conv, tables = prepared
     for chunk in layer.edges.chunks:
         radial = layer.radial(chunk, tables, x.shape[2])
         scaled, (frames, *_) = layer.message(x, chunk, radial)
@@ -219,8 +243,9 @@ class _EdgeAttention(torch.autograd.Function):
         weights = AttentionWeights.unflatten(tensors, num_conv_1)
         width = sum(len(weight) for weight in weights.conv_1)
         kept = x.new_empty(layer.edges.num_edges, width, dtype=layer.dtype)
+        prepared = PreparedWeights.of(weights, layer.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            out = _forward(layer, x, weights, mask, kept)
+            out = _forward(layer, x, weights, prepared, mask, kept)
         ctx.layer, ctx.num_conv_1 = layer, num_conv_1
         ctx.save_for_backward(mask, x, kept, *tensors)
         return out
@@ -362,6 +387,7 @@ def edge_attention(
     weights: AttentionWeights,
     spec: AttentionSpec,
     mask: Tensor | None = None,
+    prepared: PreparedWeights | None = None,
 ) -> Tensor:
     """Attention-weighted, rotated sums of non-linear messages; see the module's formula.
 
@@ -374,21 +400,21 @@ def edge_attention(
         weights: of the layer.
         spec: of the layer.
         mask: [E, heads], factors on the attention weights (dropout), or None.
+        prepared: of these weights, if it was made before; read where no gradient is wanted.
 
     Returns:
         [rows, coefficients of spec.out_layout, heads value_channels]; zero for atoms without edges.
     """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
     x = x.to(weights.conv_1_bias.dtype)
-    weights = weights._replace(radial=weights.radial.including(basis))
-    layer = _Layer(spec, edges, basis, torch.get_autocast_dtype(device) if autocast else x.dtype)
+    weights = weights.including(basis)
+    layer = _Layer(spec, edges, basis, product_dtype(weights))
     tensors = weights.flatten()
     wanted = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *tensors)
     )
     if not wanted:
-        with torch.autocast(device, enabled=False):
-            return _forward(layer, x, weights, mask, kept=None)
+        prepared = prepared or PreparedWeights.of(weights, layer.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return _forward(layer, x, weights, prepared, mask, kept=None)
     out: Tensor = _EdgeAttention.apply(layer, len(weights.conv_1), mask, x, *tensors)
     return out

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.edges import Edges, chunk_frames
-from fairchem_equiformer.ops.frozen import once
 from fairchem_equiformer.ops.radial import (
     Basis,
     RadialGradient,
@@ -40,16 +39,20 @@ class _EdgeDegreeEmbedding(torch.autograd.Function):
     """Keeps nothing but the weights; each chunk is made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, edges: Edges, basis: Basis, *weights: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        edges: Edges,
+        basis: Basis,
+        tables: RadialTables | None,
+        *weights: Tensor | None,
+    ) -> Tensor:
         ctx.edges, ctx.basis = edges, basis
         ctx.save_for_backward(*weights)
         radial_weights = RadialWeights(*weights)  # type: ignore[arg-type]
         channels = len(radial_weights.bias_3) // edges.layout.num_degrees(0)
         shape = (edges.num_rows, edges.layout.num_coefficients, channels)
         out = radial_weights.bias_3.new_zeros(shape)
-        tables = once(
-            lambda: RadialTables.of(radial_weights), "degree", out.dtype, radial_weights.weight_1
-        )
+        tables = tables or RadialTables.of(radial_weights)
         for chunk in edges.chunks:
             out[chunk.rows] = _embed(edges, chunk, basis, tables)
         return out
@@ -62,19 +65,24 @@ class _EdgeDegreeEmbedding(torch.autograd.Function):
             with torch.enable_grad():
                 part = _embed(ctx.edges, chunk, ctx.basis, sums.tables)
             sums.add(part, grad[chunk.rows])
-        return None, None, *sums.total()
+        return None, None, None, *sums.total()
 
 
 def edge_degree_embedding(
-    edges: Edges, basis: Basis, weights: RadialWeights, degree: float
+    edges: Edges,
+    basis: Basis,
+    weights: RadialWeights,
+    degree: float,
+    tables: RadialTables | None = None,
 ) -> Tensor:
     """Sum of radial weights times harmonics over each atom's edges, divided by the mean degree.
 
     Args:
         weights: whose output is (lmax + 1) C numbers an edge.
+        tables: of these weights, if they were made before.
 
     Returns:
         [rows, (lmax + 1)^2, C].
     """
-    total: Tensor = _EdgeDegreeEmbedding.apply(edges, basis, *weights.including(basis))
+    total: Tensor = _EdgeDegreeEmbedding.apply(edges, basis, tables, *weights.including(basis))
     return total / degree
