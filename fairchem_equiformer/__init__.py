@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fairchem_equiformer.calculator import EquiformerCalculator
     from fairchem_equiformer.fairchem1.data.noisy_nodes import NoisyNodesLmdb
     from fairchem_equiformer.fairchem1.data.qm9 import QM9Dataset
     from fairchem_equiformer.fairchem1.loss import MaskedMAE
@@ -36,6 +37,7 @@ __all__ = [
     "DeNSForceHead",
     "DeNSStressHead",
     "EnergyHead",
+    "EquiformerCalculator",
     "EquiformerV2",
     "EquiformerV2Backbone",
     "ForceHead",
@@ -59,6 +61,7 @@ _MODELS = (
 )
 _MODULES = {
     "AuxiliaryTaskTrainer": "fairchem1.trainer",
+    "EquiformerCalculator": "calculator",
     "MaskedMAE": "fairchem1.loss",
     "NoisyNodesLmdb": "fairchem1.data.noisy_nodes",
     "QM9Dataset": "fairchem1.data.qm9",

@@ -19,7 +19,7 @@ CHECKPOINTS = {"models"} | MODELS
 ADAPTER = {"checkpoints"} | CHECKPOINTS
 FAIRCHEM_1 = {"fairchem1"} | ADAPTER
 FAIRCHEM_2 = {"fairchem2"} | ADAPTER
-APPLICATION = FAIRCHEM_1 | FAIRCHEM_2 | {"calculators"}
+APPLICATION = FAIRCHEM_1 | FAIRCHEM_2 | {"calculator", "torch_sim"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "nn": NN,
     "models": MODELS,
     "checkpoints": CHECKPOINTS,
-    "calculators": {"errors"},
+    "calculator": ADAPTER,
+    "torch_sim": ADAPTER,
     "fairchem1": ADAPTER,
     "fairchem2": ADAPTER,
     "__init__": APPLICATION,  # nothing until it is asked for, see test_lazy_imports.py
@@ -45,7 +46,7 @@ MAY_IMPORT = {
 # Below the adapters, the same code serves every framework.
 FRAMEWORKS = {"fairchem", "torch_geometric", "torch_scatter", "torch_sim"}
 WITHOUT_FRAMEWORK = {
-    *("errors", "files", "so3", "ops", "graph", "nn", "models", "checkpoints", "calculators"),
+    *("errors", "files", "so3", "ops", "graph", "nn", "models", "checkpoints", "calculator"),
     *("__init__", "convert", "info"),
 }
 

@@ -25,7 +25,7 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.preprocessing import AtomsToGraphs
 from tqdm import tqdm
 
-from fairchem_equiformer.calculators import make_calculator
+from fairchem_equiformer.calculator import make_calculator
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import read_json, replacing, write_json
 

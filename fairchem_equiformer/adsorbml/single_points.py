@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fairchem_equiformer.adsorbml.placements import Placement
 from fairchem_equiformer.adsorbml.relaxation import Clock, read_relaxed
-from fairchem_equiformer.calculators import make_calculator
+from fairchem_equiformer.calculator import make_calculator
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import read_json, write_json
 

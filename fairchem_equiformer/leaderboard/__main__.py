@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairchem_equiformer.calculators import make_calculator
+from fairchem_equiformer.calculator import make_calculator
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import write_json
 from fairchem_equiformer.leaderboard import form, metrics, systems
