@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -443,6 +444,24 @@ class TestCommands:
                 np.linalg.norm(relaxed.atoms.get_forces(), axis=1).max() < relaxation.FMAX
             )
 
+    def test_the_model_relaxes_one_by_one(self, tmp_path, placements, checkpoint):
+        """Through the calculator of ASE: its LBFGS, the same model."""
+        options = ["--checkpoint", str(checkpoint), "--cpu", "--steps", "2", "--batch-size", "1"]
+        assert main(["relax", str(placements), str(tmp_path), *options]) == 0
+        settings = relaxation.read_settings(tmp_path)
+        assert settings.by == f"{checkpoint}, one by one"
+        calculator = OCPCalculator(checkpoint_path=checkpoint, cpu=True, seed=0)
+        for placement in read_placements(placements):
+            relaxed = relaxation.read_relaxed(tmp_path, placement)
+            again = relaxed.atoms.copy()
+            again.calc = calculator
+            assert again.get_potential_energy() == pytest.approx(
+                relaxed.atoms.get_potential_energy(), abs=1e-4
+            )
+            assert relaxed.evaluations == 3
+        batches = [*options[:-1], "2"]
+        assert main(["relax", str(placements), str(tmp_path), *batches]) == 2
+
     def test_a_calculator_relaxes_one_by_one(self, reference, placements):
         for placement in read_placements(placements):
             relaxed = relaxation.read_relaxed(reference, placement)
@@ -482,6 +501,32 @@ class TestCommands:
         for name, pair in parts.items():
             expected = {one.name: pytest.approx(one.energy) for one in whole[name].candidates}
             assert {one.name: one.energy for one in pair.candidates} == expected
+
+    def test_without_fairchem(self, tmp_path, placements, checkpoint):
+        """A checkpoint relaxes, one by one, without fairchem-core; batches and LMDBs say why."""
+        mapping = tmp_path / "mapping.json"
+        mapping.write_text("{}")
+        run = str(tmp_path / "run")
+        model = ["relax", placements, run, "--checkpoint", checkpoint, "--cpu", "--steps", 1]
+        commands = [
+            model,
+            ["rank", placements, run],
+            [*model, "--batch-size", 4],
+            ["rank", tmp_path / "data.lmdb", run, "--mapping", mapping],
+        ]
+        program = (
+            "import json, sys; sys.modules['fairchem.core'] = None; import fairchem_equiformer;"
+            "fairchem_equiformer.fairchem1_installed = lambda: False;"
+            "from fairchem_equiformer.adsorbml.__main__ import main;"
+            "print([main(command) for command in json.loads(sys.argv[1])])"
+        )
+        arguments = json.dumps([[str(word) for word in command] for command in commands])
+        command = [sys.executable, "-W", "ignore", "-c", program, arguments]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "6 placements relaxed" in found.stdout
+        assert found.stdout.splitlines()[-1] == "[0, 0, 2, 2]", found.stderr
+        assert "need fairchem-core 1.10, whose LBFGS relaxes batches" in found.stderr
+        assert "are read by fairchem-core 1.10: pip install" in found.stderr
 
     def test_names_what_is_not_relaxed(self, placements, tmp_path, capsys):
         options = ["--calculator", EMT_NAME, "--steps", "1", "--shard", "1/2"]

@@ -1,4 +1,4 @@
-"""AdsorbML with a model of fairchem: relax placements, rank them, compute the best few, score.
+"""AdsorbML: relax placements of adsorbates, rank them, compute the best few by DFT, score.
 
     python -m fairchem_equiformer.adsorbml relax placements run --checkpoint best_checkpoint.pt
     python -m fairchem_equiformer.adsorbml rank placements run
@@ -17,14 +17,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from fairchem_equiformer import fairchem1_installed
 from fairchem_equiformer.adsorbml import ranking, relaxation, score, single_points
 from fairchem_equiformer.adsorbml.oc20_dense import read_oc20_dense
 from fairchem_equiformer.adsorbml.placements import SLAB, read_placements
+from fairchem_equiformer.calculator import EquiformerCalculator, make_calculator
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import replacing, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+BATCH_SIZE = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,17 +49,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _relax(options: argparse.Namespace) -> None:
     index, count = options.shard
     placements = read_placements(options.placements, options.mapping)[index - 1 :: count]
-    relaxer: relaxation.ModelRelaxer | relaxation.CalculatorRelaxer
-    if options.calculator is not None:
-        relaxer = relaxation.CalculatorRelaxer(options.calculator, options.steps, options.fmax)
-    else:
-        relaxer = relaxation.ModelRelaxer(
-            options.checkpoint, options.config_yml, options.steps, options.fmax, options.cpu
-        )
+    relaxer = _calculator_relaxer(options) if options.calculator else _model_relaxer(options)
     # One by one, a calculator loses nothing if it is interrupted, and its failure has one name.
-    batch_size = 1 if options.calculator is not None else options.batch_size
+    one_by_one = isinstance(relaxer, relaxation.CalculatorRelaxer)
+    batch_size = 1 if one_by_one else options.batch_size or BATCH_SIZE
     done = relaxation.relax(placements, options.run, relaxer, batch_size)
     _say(f"{options.run}: {done} placements relaxed, {len(placements) - done} were there")
+
+
+def _calculator_relaxer(options: argparse.Namespace) -> relaxation.Relaxer:
+    settings = relaxation.Settings(options.calculator, "CPU", options.steps, options.fmax)
+    return relaxation.CalculatorRelaxer(make_calculator(options.calculator), settings)
+
+
+def _model_relaxer(options: argparse.Namespace) -> relaxation.Relaxer:
+    """In batches where fairchem-core 1.10 is there, unless --batch-size is 1; else one by one."""
+    checkpoint, config_yml = options.checkpoint, options.config_yml
+    for option, path in (("--checkpoint", checkpoint), ("--config-yml", config_yml)):
+        if path is not None and not path.is_file():
+            raise InputError(f"{option}: no such file: {path}")
+    if not options.cpu and not torch.cuda.is_available():
+        raise InputError("this machine has no GPU that PyTorch can use; add --cpu")
+    device = "CPU" if options.cpu else "GPU"
+    by = str(checkpoint.resolve())
+    batches = fairchem1_installed() and options.batch_size != 1
+    if batches:
+        from fairchem_equiformer.adsorbml.batches import ModelRelaxer  # noqa: PLC0415
+
+        settings = relaxation.Settings(by, device, options.steps, options.fmax)
+        return ModelRelaxer(checkpoint, config_yml, settings)
+    if config_yml is not None or (options.batch_size or 1) > 1:
+        raise InputError(
+            "--batch-size above 1 and --config-yml need fairchem-core 1.10, whose LBFGS relaxes"
+            " batches: pip install 'fairchem-equiformer[fairchem1]', or leave them out"
+        )
+    settings = relaxation.Settings(f"{by}, one by one", device, options.steps, options.fmax)
+    calculator = EquiformerCalculator(
+        checkpoint, device="cpu" if options.cpu else "cuda", trusted=options.trusted
+    )
+    return relaxation.CalculatorRelaxer(calculator, settings)
 
 
 def _rank(options: argparse.Namespace) -> None:
@@ -113,17 +147,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_placements(relax)
     relax.add_argument("run", type=Path, help="folder to write to")
     by = relax.add_mutually_exclusive_group(required=True)
-    by.add_argument("--checkpoint", type=Path, help="of fairchem, e.g. best_checkpoint.pt")
+    by.add_argument("--checkpoint", type=Path, help="of EquiformerV2, e.g. best_checkpoint.pt")
     by.add_argument(
-        "--calculator", metavar="NAME", help="dotted name, e.g. ase.calculators.emt.EMT"
+        "--calculator",
+        metavar="NAME",
+        help="any calculator of ASE, by its dotted name: ase.calculators.emt.EMT",
     )
-    relax.add_argument("--config-yml", type=Path, help="config of the model; else the checkpoint's")
-    relax.add_argument("--cpu", action="store_true", help="relax on the CPU")
     relax.add_argument(
         "--batch-size",
         type=_positive,
-        default=16,
-        help="placements relaxed at once, with a checkpoint (default: %(default)s)",
+        help="with a checkpoint: above 1, fairchem-core 1.10 relaxes batches; 1, ASE relaxes one"
+        f" by one (default: {BATCH_SIZE} where fairchem-core 1.10 is installed, else 1)",
+    )
+    relax.add_argument(
+        "--config-yml",
+        type=Path,
+        help="config of the model, in batches (default: the checkpoint's)",
+    )
+    relax.add_argument("--cpu", action="store_true", help="relax on the CPU, not on a GPU")
+    relax.add_argument(
+        "--trusted",
+        action="store_true",
+        help="run whatever the checkpoint asks for when it is read; in batches it always is",
     )
     relax.add_argument(
         "--steps",

@@ -22,13 +22,14 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.constraints import FixAtoms
-from fairchem.core.datasets import LmdbDataset
 from tqdm import tqdm
 
 from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fairchem.core.datasets import LmdbDataset
 
 BELOW_SURFACE, SURFACE, ADSORBATE = 0, 1, 2  # tags of atoms in the Open Catalyst datasets
 SLAB = "slab"  # name of the file with a pair's clean surface
@@ -178,6 +179,13 @@ def _from_lmdb(source: Path, mapping: dict[str, tuple[str, str]]) -> list[Placem
 
 @cache  # in each process: an open LMDB cannot travel between them
 def _open(source: Path) -> LmdbDataset:
+    try:
+        from fairchem.core.datasets import LmdbDataset  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError(
+            f"{source}: {error}; LMDBs of OC20's form are read by fairchem-core 1.10: "
+            "pip install 'fairchem-equiformer[fairchem1]'"
+        ) from error
     return LmdbDataset({"src": str(source)})
 
 

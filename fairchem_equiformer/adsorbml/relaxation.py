@@ -1,46 +1,34 @@
-"""Relaxes placements: with a model, many at a time, or with a calculator of ASE, one by one.
+"""Relaxes placements with a calculator of ASE, one by one, or with whatever relaxes batches.
 
-Batches go through fairchem's own `ml_relax` (LBFGS in torch), as in `fairchem --mode
-run-relaxations`, which would tell no time and write whole trajectories. Here a relaxation leaves
-one file, its relaxed structure; where that exists, it is not done again.
+A relaxation leaves one file, its relaxed structure; where that exists, it is not done again.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import ase.io
-import numpy as np
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.optimize import LBFGS
-from fairchem.core import OCPCalculator
-from fairchem.core.common.relaxation.ml_relaxation import ml_relax
-from fairchem.core.datasets import data_list_collater
-from fairchem.core.preprocessing import AtomsToGraphs
 from tqdm import tqdm
 
-from fairchem_equiformer.calculator import make_calculator
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.files import read_json, replacing, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ase import Atoms
-    from torch_geometric.data import Data
+    from ase.calculators.calculator import Calculator
 
     from fairchem_equiformer.adsorbml.placements import Placement
 
 STEPS, FMAX = 300, 0.02  # eV/Angstrom; AdsorbML's, and EquiformerV2's in its appendix D.3
-# fairchem's LBFGS as in the configs of OC20.
-LBFGS_OPTIONS = {"maxstep": 0.04, "memory": 50, "damping": 1.0, "alpha": 70.0}
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class Settings:
     """What all relaxations of a folder have in common.
 
     Attributes:
-        by: the checkpoint, or the calculator's dotted name.
+        by: the checkpoint and how it is used, or the calculator's dotted name.
         device: ``GPU`` or ``CPU``, what `seconds` of the relaxations are of.
         steps: at most so many steps.
         fmax: largest force in eV/Angstrom at which a relaxation ends.
@@ -95,84 +83,21 @@ class Clock:
         return time.monotonic()
 
 
-class ModelRelaxer:
-    """Relaxes batches of structures with a checkpoint of fairchem.
+class Relaxer(Protocol):
+    """What relaxes structures together."""
 
-    Raises:
-        InputError: if checkpoint or config cannot be used, or there is no GPU.
-    """
-
-    def __init__(
-        self, checkpoint: Path, config_yml: Path | None, steps: int, fmax: float, cpu: bool
-    ) -> None:
-        for option, path in (("--checkpoint", checkpoint), ("--config-yml", config_yml)):
-            if path is not None and not path.is_file():
-                raise InputError(f"{option}: no such file: {path}")
-        if not cpu and not torch.cuda.is_available():
-            raise InputError("this machine has no GPU that PyTorch can use; add --cpu")
-        self.settings = Settings(str(checkpoint.resolve()), "CPU" if cpu else "GPU", steps, fmax)
-        try:
-            with _quiet():
-                self._trainer = OCPCalculator(
-                    config_yml=None if config_yml is None else str(config_yml),
-                    checkpoint_path=checkpoint,
-                    cpu=cpu,
-                    seed=0,
-                ).trainer
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"--checkpoint: {checkpoint} cannot be used: {reason}") from error
-        self._to_data = AtomsToGraphs(
-            r_energy=False, r_forces=False, r_distances=False, r_pbc=True, r_edges=False
-        )
+    settings: Settings
 
     def __call__(self, structures: Sequence[Atoms]) -> list[Relaxed]:
-        """Relax structures together, in the order given."""
-        clock = Clock(self.settings.device)
-        data = [self._data(*item) for item in enumerate(structures)]
-        with _quiet():
-            batch = ml_relax(
-                data_list_collater(data, otf_graph=True),
-                self._trainer,
-                steps=self.settings.steps,
-                fmax=self.settings.fmax,
-                relax_opt=dict(LBFGS_OPTIONS),
-            )
-        seconds = clock.seconds() / len(structures)
-        natoms = batch.natoms.tolist()
-        rows = zip(
-            batch.sid.tolist(),  # halves of a batch that needs too much memory come out swapped
-            batch.energy.flatten().tolist(),
-            batch.pos.cpu().split(natoms),
-            batch.forces.cpu().split(natoms),
-            strict=True,
-        )
-        relaxed = {}
-        for sid, energy, positions, forces in rows:
-            atoms = structures[sid].copy()
-            # fairchem wrapped the atoms into the cell; the way that they went is what counts.
-            atoms.positions += (positions - data[sid].pos).double().numpy()
-            atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces.double().numpy())
-            converged = _largest(atoms.get_forces()) < self.settings.fmax
-            relaxed[sid] = Relaxed(atoms, seconds, None, converged)
-        return [relaxed[sid] for sid in range(len(structures))]
-
-    def _data(self, sid: int, atoms: Atoms) -> Data:
-        data = self._to_data.convert(atoms)
-        data.sid = sid
-        return data
+        """Relax structures, in the order given."""
 
 
 class CalculatorRelaxer:
-    """Relaxes structures one after the other with a calculator of ASE and its LBFGS.
+    """Relaxes structures one after the other with a calculator of ASE and its LBFGS."""
 
-    Raises:
-        InputError: if there is no such calculator.
-    """
-
-    def __init__(self, name: str, steps: int, fmax: float) -> None:
-        self.settings = Settings(name, "CPU", steps, fmax)
-        self._calculator = make_calculator(name)
+    def __init__(self, calculator: Calculator, settings: Settings) -> None:
+        self.settings = settings
+        self._calculator = calculator
 
     def __call__(self, structures: Sequence[Atoms]) -> list[Relaxed]:
         """Relax structures, in the order given."""
@@ -192,7 +117,7 @@ class CalculatorRelaxer:
 def relax(
     placements: Sequence[Placement],
     run: Path,
-    relaxer: ModelRelaxer | CalculatorRelaxer,
+    relaxer: Relaxer,
     batch_size: int = 1,
 ) -> int:
     """Relax what is not relaxed yet, batch by batch, behind a progress bar.
@@ -249,17 +174,6 @@ def read_settings(run: Path) -> Settings:
     return Settings(**read_json(run / "relaxed.json", "relax"))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep fairchem from logging the whole config and every step; warnings stay."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _claim(run: Path, settings: Settings) -> None:
     """Keep relaxations of different kinds in different folders."""
     path = run / "relaxed.json"
@@ -291,7 +205,3 @@ def _write(path: Path, relaxed: Relaxed) -> None:
     }
     with replacing(path) as partial:
         ase.io.write(partial, atoms, format="traj")
-
-
-def _largest(forces: Any) -> float:
-    return float(np.linalg.norm(forces, axis=1).max())
