@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -49,9 +50,7 @@ def test_the_grid_is_not_kept():
 FAULTS = """
 import resource, runpy, sys
 import torch
-choice, allocator = sys.argv[1:]
-if choice == "keep":
-    runpy.run_path(allocator)["keep_freed_memory"]()
+runpy.run_path(sys.argv[1])["keep_freed_memory"]()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def chunk():
     parts = [torch.ones(5 * 2**20 // 4) for _ in range(8)]
@@ -68,7 +67,14 @@ print(faults() - before)
 def test_memory_that_a_chunk_freed_serves_the_next():
     """40 MiB are 10,240 pages, each of which the system clears if it gets them back in between."""
     faults = {}
-    for choice in ("keep", "return"):
-        command = [sys.executable, "-c", FAULTS, choice, allocator.__file__]
-        faults[choice] = int(subprocess.check_output(command))
-    assert 5 * faults["keep"] < faults["return"], faults
+    for choice in allocator.CHOICES:
+        command = [sys.executable, "-c", FAULTS, allocator.__file__]
+        environment = {**os.environ, allocator.VARIABLE: choice}
+        faults[choice] = int(subprocess.check_output(command, env=environment))
+    assert 5 * faults["keep"] < faults["system"], faults
+
+
+def test_another_choice_of_the_allocator(monkeypatch):
+    monkeypatch.setenv(allocator.VARIABLE, "none")
+    with pytest.raises(ValueError, match="ALLOCATOR is 'none', it must be keep or system"):
+        allocator.keep_freed_memory.__wrapped__()
