@@ -112,7 +112,7 @@ def _tags(data: Any, structures: _Structures) -> Tensor:
             " 0 (bulk), 1 (surface) or 2 (adsorbate)"
         )
     _check_shape("tags", tags, (len(structures.pos),))
-    whole = tags.long()
+    whole: Tensor = tags.long()
     unknown = (whole != tags) | (whole < 0) | (whole >= NUM_TAGS)
     if unknown.any():
         atom = int(unknown.nonzero()[0])

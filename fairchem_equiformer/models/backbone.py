@@ -145,7 +145,6 @@ class EquiformerV2Backbone(nn.Module):
         """Number of parameters, trainable or not."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone."""
         return no_weight_decay(self)

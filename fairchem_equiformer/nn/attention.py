@@ -141,7 +141,8 @@ class GraphAttention(nn.Module):
         )
         y = edge_attention(x, edges, inputs.basis, weights, self.spec, mask, prepared)
         if self.out_degree is None:
-            return self.proj(y)
+            projected: Tensor = self.proj(y)
+            return projected
         y = y.to(self.proj.weight.dtype) @ self.proj.weight[self.out_degree].t()
         higher_orders = self.so2_conv_2.so2_m_conv[self.out_degree :]
         return touch(y, self.proj.bias, *higher_orders.parameters())

@@ -47,4 +47,5 @@ class TransformerBlock(nn.Module):
     def _drop(self, branch: Tensor, edges: Edges) -> Tensor:
         if not self.training:
             return branch
-        return self.proj_drop(self.drop_path(branch, edges.batch, edges.num_graphs))
+        dropped: Tensor = self.proj_drop(self.drop_path(branch, edges.batch, edges.num_graphs))
+        return dropped

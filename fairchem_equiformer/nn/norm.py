@@ -52,7 +52,7 @@ class _KeepInput(torch.autograd.Function):
             return norm.normalize(x)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.saved_tensors[0].detach().requires_grad_()
         inputs = (x, *ctx.norm.parameters())

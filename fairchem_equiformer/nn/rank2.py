@@ -134,4 +134,5 @@ class Rank2Readout(nn.Module):
         factors = self.sphharm_norm(harmonics[:, :, None]).transpose(1, 2)  # [e, 1, K]
         ends = (source, target) if self.both_ends else (target,)
         read = [torch.bmm(factors, x.index_select(0, end))[:, 0] for end in ends]
-        return self.xedge_layer_norm(torch.cat(read, dim=1))
+        messages: Tensor = self.xedge_layer_norm(torch.cat(read, dim=1))
+        return messages
