@@ -72,7 +72,7 @@ class DeNSBackbone(EquiformerV2Backbone):
 
     def further_inputs(self, data: Any, graph: EdgeGraph) -> Tensor:
         """What the nodes start from beside their elements: [N, (lmax + 1)^2, C]."""
-        x = self.force_embedding(self._forces_on_sphere(data, graph.num_nodes)[:, :, None])
+        x: Tensor = self.force_embedding(self._forces_on_sphere(data, graph.num_nodes)[:, :, None])
         if self.noise_schedule_sigma_embedding is None:
             return x
         sigmas = x.new_zeros(len(x), 1)
@@ -91,7 +91,7 @@ class DeNSBackbone(EquiformerV2Backbone):
         mask = getattr(data, "noise_mask", None)
         if mask is not None:
             force = force * mask.reshape(-1, 1)
-        harmonics = o3.spherical_harmonics(
+        harmonics: Tensor = o3.spherical_harmonics(
             degrees, force, normalize=True, normalization="component"
         )
         return harmonics * force.norm(dim=1, keepdim=True) / math.sqrt(3)
