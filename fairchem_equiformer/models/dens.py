@@ -94,7 +94,8 @@ class DeNSBackbone(EquiformerV2Backbone):
         harmonics: Tensor = o3.spherical_harmonics(
             degrees, force, normalize=True, normalization="component"
         )
-        return harmonics * force.norm(dim=1, keepdim=True) / math.sqrt(3)
+        length: Tensor = force.norm(dim=1, keepdim=True)
+        return harmonics * length / math.sqrt(3)
 
 
 def _field(data: Any, name: str) -> Tensor:
