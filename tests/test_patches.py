@@ -128,3 +128,11 @@ def test_another_fairchem_is_left_alone(monkeypatch):
     assert startup.wanted()
     monkeypatch.setattr(fairchem_equiformer, "fairchem1_installed", lambda: False)
     assert not startup.wanted()
+
+
+def test_another_value_of_the_switch_is_an_error(monkeypatch):
+    monkeypatch.setenv(patches.VARIABLE, "no")
+    with pytest.raises(
+        ValueError, match="FAIRCHEM_EQUIFORMER_PATCHES is 'no', it must be on or off"
+    ):
+        patches.install()

@@ -180,6 +180,9 @@ def install() -> None:
 
     Beside `PATCHES`, the registry learns that the tasks which fairchem-core saves where it later
     looks for a trainer mean its trainer (`OCPCalculator(checkpoint_path=...)` stops otherwise).
+
+    Raises:
+        ValueError: for another value of the variable than ``on`` and ``off``.
     """
     if not patches_wanted():
         return
