@@ -133,6 +133,6 @@ def test_another_fairchem_is_left_alone(monkeypatch):
 def test_another_value_of_the_switch_is_an_error(monkeypatch):
     monkeypatch.setenv(patches.VARIABLE, "no")
     with pytest.raises(
-        ValueError, match="FAIRCHEM_EQUIFORMER_PATCHES is 'no', it must be on or off"
+        ValueError, match="_PATCHES is 'no', it must be on or off"
     ):
         patches.install()
