@@ -89,7 +89,7 @@ def _converted(options: argparse.Namespace) -> tuple[Any, str]:
     from fairchem_equiformer.fairchem1 import convert  # noqa: PLC0415
 
     content = checkpoints.read(options.source, trusted=options.trusted)
-    checkpoint = convert.convert(content, options.to)
+    checkpoint = convert.convert(content, options.to, options.source.parent)
     return checkpoint, convert.summary(checkpoint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,8 @@ def build(model: dict[str, Any]) -> nn.Module:
 def grids_of(model: dict[str, Any]) -> AbstractContextManager[None]:
     """Within, fairchem makes only the tables that the model of this section uses."""
     keys = model.get("backbone", model)
+    if "lmax_list" not in keys:  # fine-tuned: where a start is read, its tables are made
+        return nullcontext()
     return used_grids(*keys["lmax_list"], *keys["mmax_list"])
 
 

@@ -16,6 +16,7 @@ from fairchem.core.modules.exponential_moving_average import ExponentialMovingAv
 from torch_geometric.data import Data
 
 from fairchem_equiformer import checkpoints
+from fairchem_equiformer.fairchem1 import convert
 from fairchem_equiformer.models import EnergyHead, ForceHead, StressHead
 from tests.models import KEYS
 from tests.stock_checkpoints import (
@@ -24,6 +25,7 @@ from tests.stock_checkpoints import (
     STRESS,
     build,
     content_of,
+    grids_of,
     save,
     stock_predictions,
 )
@@ -192,6 +194,54 @@ class TestPotential:
             assert_close(single[target], value, "all in float32", name=target)
 
 
+class TestFineTuned:
+    """fairchem saves what the fine-tuning's config says, and reads the start again each time."""
+
+    @pytest.fixture
+    def paths(self, tmp_path):
+        model, outputs = FORMS["hydra"]
+        start = save(content_of(model, outputs), tmp_path / "start.pt")
+        tuned = {
+            "name": "hydra",
+            "pass_through_head_outputs": True,
+            "finetune_config": {
+                "starting_checkpoint": str(start),
+                "override": {"max_neighbors": 6},
+            },
+            "heads": {"energy": HYDRA["heads"]["energy"], "forces": HYDRA["heads"]["forces"]},
+        }
+        with grids_of(HYDRA):
+            return start, save(content_of(tuned, OUTPUTS), tmp_path / "tuned.pt")
+
+    def test_predicts_as_fairchem(self, paths):
+        checkpoint = checkpoints.load(paths[1])
+        assert checkpoint.backbone == KEYS | {"max_neighbors": 6}
+        assert set(checkpoint.heads) == {"energy", "forces"}
+        with grids_of(HYDRA):
+            expected = stock_predictions(paths[1], three_slabs())
+        with torch.no_grad():
+            found = checkpoint.potential()(three_slabs())
+        for target, value in found.items():
+            assert_close(value.flatten(), expected[target].flatten(), "outputs", name=target)
+
+    def test_start_beside_it(self, paths, tmp_path):
+        folder = tmp_path / "elsewhere"
+        folder.mkdir()
+        start, tuned = (path.rename(folder / path.name) for path in paths)
+        assert checkpoints.load(tuned).backbone["max_neighbors"] == 6
+        start.unlink()
+        with pytest.raises(checkpoints.CheckpointError, match=r"put start\.pt beside it"):
+            checkpoints.load(tuned)
+
+    def test_converted_it_needs_the_start_no_more(self, paths, tmp_path):
+        with grids_of(HYDRA):
+            content = convert.convert(checkpoints.read(paths[1]), "fairchem_equiformer", tmp_path)
+        paths[0].unlink()
+        found = checkpoints.load(save(content, tmp_path / "ours.pt"))
+        assert found.backbone == KEYS | {"max_neighbors": 6}
+        assert "finetune_config" not in content["config"]["model"]
+
+
 class TestUnderstanding:
     def test_hydra(self, tmp_path):
         model, outputs = FORMS["hydra"]
@@ -337,7 +387,8 @@ def break_heads(content):
 
 
 def break_finetuned(content):
-    content["config"]["model"] = {"name": "hydra", "finetune_config": {}}
+    start = {"starting_checkpoint": "gone/start.pt"}
+    content["config"]["model"] = {"name": "hydra", "finetune_config": start}
 
 
 def break_output_names(content):
@@ -363,7 +414,7 @@ def break_normalizer(content):
         (break_references, "element references of energy"),
         (break_backbone, "config.model.backbone.model is None"),
         (break_heads, "config.model.heads.a.module is None"),
-        (break_finetuned, "without backbone or heads of its own"),
+        (break_finetuned, "fine-tuned from gone/start.pt"),
         (break_output_names, "two heads of config.model give 'energy' (output_name)"),
     ],
 )

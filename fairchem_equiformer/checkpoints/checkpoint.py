@@ -141,7 +141,7 @@ def understand(content: Config, path: Path) -> Checkpoint:
     """
     check_content(content)
     config = content["config"]
-    model = model_section(config)
+    model = model_section(config, path.parent)
     if model["name"] == "hydra":
         form, backbone_class, backbone, heads = "hydra", *_hydra(model)
     else:
@@ -176,10 +176,15 @@ def check_content(content: Config) -> None:
         raise CheckpointError("it holds no state_dict and config: not a checkpoint of fairchem")
 
 
-def model_section(config: Config) -> Config:
-    """A copy of the section `model`, of today's configs or of the original release's.
+def model_section(config: Config, folder: Path = Path()) -> Config:
+    """A copy of the section `model`, of today's configs or of the original release's, complete.
 
-    Keys that ODAC23's configs had have their names of today.
+    Keys that ODAC23's configs had have their names of today. What a fine-tuned model took from the
+    checkpoint it started from is filled in.
+
+    Args:
+        config: of a checkpoint.
+        folder: of the checkpoint, where the one it started from is looked for, too.
 
     Raises:
         CheckpointError: if there is none, or it is a hydra without backbone or heads.
@@ -192,9 +197,33 @@ def model_section(config: Config) -> Config:
     model = copy.deepcopy(model)
     if model["name"] != "hydra":
         return _renamed(model)
+    if model.get("finetune_config"):
+        model = _with_start(model, folder)
     if not (model.get("backbone") and model.get("heads")):
         raise CheckpointError("config.model is a hydra without backbone or heads of its own")
     return model | {"backbone": _renamed(model["backbone"])}
+
+
+def _with_start(model: Config, folder: Path) -> Config:
+    """The section of a fine-tuned model, which says of backbone and heads what is new alone."""
+    start = model.pop("finetune_config")
+    if model.get("backbone") and model.get("heads"):
+        return model
+    path = Path(start["starting_checkpoint"])
+    found = next((p for p in (path, folder / path.name) if p.is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"it was fine-tuned from {path}, whose config says what its backbone and heads are:"
+            f" put {path.name} beside it"
+        )
+    content = read(found)
+    check_content(content)
+    base = model_section(content["config"], found.parent)
+    if base["name"] != "hydra":
+        raise CheckpointError(f"it was fine-tuned from {found}, which is no hydra")
+    own = {key: value for key, value in model.items() if value}
+    backbone = base["backbone"] | start.get("override", {})
+    return {"backbone": backbone, "heads": base["heads"]} | own
 
 
 def _renamed(keys: Config) -> Config:

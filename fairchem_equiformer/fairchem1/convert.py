@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairchem.core.common.registry import registry
@@ -36,12 +37,13 @@ WITHOUT_EFFECT = frozenset({"edges_per_chunk", "activation_checkpoint"})
 _DEFAULTS = {key.name: key.default for key in fields(ModelConfig)}
 
 
-def convert(checkpoint: dict[str, Any], to: str) -> dict[str, Any]:
+def convert(checkpoint: dict[str, Any], to: str, folder: Path = Path()) -> dict[str, Any]:
     """Return a checkpoint whose config names the other classes.
 
     Args:
         checkpoint: as fairchem's trainers, or the original release's, write it.
         to: ``fairchem_equiformer`` or ``fairchem``.
+        folder: of the checkpoint, where one that it was fine-tuned from is looked for.
 
     Raises:
         CheckpointError: for a model that the other side does not have, or weights that do not
@@ -49,7 +51,7 @@ def convert(checkpoint: dict[str, Any], to: str) -> dict[str, Any]:
     """
     setup_imports()
     check_content(checkpoint)
-    old_config = model_section(checkpoint["config"])
+    old_config = model_section(checkpoint["config"], folder)
     new_config = _rename(old_config, to)
     old, new = _build(old_config), _build(new_config)
     if _names(old) != _names(new):
