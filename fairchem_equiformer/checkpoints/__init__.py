@@ -9,7 +9,8 @@
 Nothing here needs fairchem.
 """
 
-from fairchem_equiformer.checkpoints.checkpoint import Checkpoint, Normalizer, Output, load
+from fairchem_equiformer.checkpoints.checkpoint import Checkpoint, Normalizer, load
+from fairchem_equiformer.checkpoints.config import Output
 from fairchem_equiformer.checkpoints.potential import Potential
 from fairchem_equiformer.checkpoints.reading import CheckpointError, read
 

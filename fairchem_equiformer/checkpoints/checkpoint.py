@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from fairchem_equiformer import models
-from fairchem_equiformer.checkpoints import names
+from fairchem_equiformer.checkpoints.config import (
+    Architecture,
+    Config,
+    Output,
+    architecture,
+    check_content,
+    model_section,
+    outputs_of,
+)
 from fairchem_equiformer.checkpoints.potential import Potential
 from fairchem_equiformer.checkpoints.reading import CheckpointError, read
 from fairchem_equiformer.models.config import ModelConfig
 from fairchem_equiformer.models.load_hooks import is_derived
 
-logger = logging.getLogger(__name__)
-
-Config = dict[str, Any]
-
 # Names of normalisers until OCP's 2.0, and what they are called since.
 _OLD_TARGETS = {"target": "energy", "grad_target": "forces"}
-# Keys that ODAC23's configs had for what is called otherwise since.
-_OLD_KEYS = {"norm_scale_nodes": "avg_num_nodes", "norm_scale_degree": "avg_degree"}
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,6 @@ class Normalizer:
 
     mean: float
     std: float
-
-
-@dataclass(frozen=True)
-class Output:
-    """A target, and which results of the model it is made of.
-
-    Attributes:
-        level: "system" or "atom".
-        parts: one result; or the isotropic and the anisotropic part of a symmetric tensor, each
-            with a normaliser of its own.
-    """
-
-    level: str
-    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,7 +71,8 @@ class Checkpoint:
     @property
     def model_config(self) -> ModelConfig:
         """The backbone's keys, checked."""
-        return _checked(self.backbone, self.backbone_class)
+        found = Architecture(self.form, self.backbone_class, self.backbone, self.heads)
+        return found.model_config
 
     def model(self) -> models.EquiformerV2 | models.EquiformerV2Hydra:
         """The model in plain PyTorch, with the weights; its results are normalised.
@@ -142,156 +129,21 @@ def understand(content: Config, path: Path) -> Checkpoint:
     check_content(content)
     config = content["config"]
     model = model_section(config, path.parent)
-    if model["name"] == "hydra":
-        form, backbone_class, backbone, heads = "hydra", *_hydra(model)
-    else:
-        found = names.resolve("config.model.name", model["name"], (names.FLAT,))
-        form, backbone_class, backbone, heads = "flat", found.module, _without(model, "name"), {}
-    try:
-        checked = _checked(backbone, backbone_class)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    found = architecture(model)
     weights, averaged = _weights(content, frozen_backbone=bool(model.get("freeze_backbone")))
-    results = _results(heads) if heads else {"energy", "forces"}
-    if form == "flat" and not checked.regress_forces:
-        results.discard("forces")
     return Checkpoint(
         path=path,
-        form=form,
-        backbone=backbone,
-        backbone_class=backbone_class,
-        heads=heads,
+        form=found.form,
+        backbone=found.backbone,
+        backbone_class=found.backbone_class,
+        heads=found.heads,
         weights=weights,
         averaged=averaged,
-        outputs=_outputs(config, model, results),
+        outputs=outputs_of(config, model, found.results),
         normalizers=_normalizers(content, config),
         references=_references(content),
         config=config,
     )
-
-
-def check_content(content: Config) -> None:
-    """Raise CheckpointError if this is no checkpoint of fairchem."""
-    if not all(isinstance(content.get(key), Mapping) for key in ("state_dict", "config")):
-        raise CheckpointError("it holds no state_dict and config: not a checkpoint of fairchem")
-
-
-def model_section(config: Config, folder: Path = Path()) -> Config:
-    """A copy of the section `model`, of today's configs or of the original release's, complete.
-
-    Keys that ODAC23's configs had have their names of today. What a fine-tuned model took from the
-    checkpoint it started from is filled in.
-
-    Args:
-        config: of a checkpoint.
-        folder: of the checkpoint, where the one it started from is looked for, too.
-
-    Raises:
-        CheckpointError: if there is none, or it is a hydra without backbone or heads.
-    """
-    model = config.get("model")
-    if isinstance(model, str):
-        model = {**config.get("model_attributes", {}), "name": model}
-    if not isinstance(model, dict) or "name" not in model:
-        raise CheckpointError("its config names no model (config.model.name)")
-    model = copy.deepcopy(model)
-    if model["name"] != "hydra":
-        return _renamed(model)
-    if model.get("finetune_config"):
-        model = _with_start(model, folder)
-    if not (model.get("backbone") and model.get("heads")):
-        raise CheckpointError("config.model is a hydra without backbone or heads of its own")
-    return model | {"backbone": _renamed(model["backbone"])}
-
-
-def _with_start(model: Config, folder: Path) -> Config:
-    """The section of a fine-tuned model, which says of backbone and heads what is new alone."""
-    start = model.pop("finetune_config")
-    if model.get("backbone") and model.get("heads"):
-        return model
-    path = Path(start["starting_checkpoint"])
-    found = next((p for p in (path, folder / path.name) if p.is_file()), None)
-    if found is None:
-        raise CheckpointError(
-            f"it was fine-tuned from {path}, whose config says what its backbone and heads are:"
-            f" put {path.name} beside it"
-        )
-    content = read(found)
-    check_content(content)
-    base = model_section(content["config"], found.parent)
-    if base["name"] != "hydra":
-        raise CheckpointError(f"it was fine-tuned from {found}, which is no hydra")
-    own = {key: value for key, value in model.items() if value}
-    backbone = base["backbone"] | start.get("override", {})
-    return {"backbone": backbone, "heads": base["heads"]} | own
-
-
-def _renamed(keys: Config) -> Config:
-    return {_OLD_KEYS.get(key, key): value for key, value in keys.items()}
-
-
-def _without(keys: Config, name: str) -> Config:
-    return {key: value for key, value in keys.items() if key != name}
-
-
-def _checked(keys: Config, backbone_class: type[models.EquiformerV2Backbone]) -> ModelConfig:
-    own = backbone_class.own_keys
-    return ModelConfig.from_keys({key: value for key, value in keys.items() if key not in own})
-
-
-def _hydra(
-    model: Config,
-) -> tuple[type[models.EquiformerV2Backbone], Config, dict[str, tuple[type[nn.Module], Config]]]:
-    backbone = model["backbone"]
-    found = names.resolve("config.model.backbone.model", backbone.get("model"), names.BACKBONES)
-    heads = {}
-    for name, section in model["heads"].items():
-        where = f"config.model.heads.{name}.module"
-        head = names.resolve(where, section.get("module"), names.HEADS).module
-        heads[name] = (head, _without(section, "module"))
-    return found.module, _without(backbone, "model"), heads
-
-
-def _results(heads: dict[str, tuple[type[Any], Config]]) -> set[str]:
-    """Keys of the model's results."""
-    found: list[str] = []
-    for head, keys in heads.values():
-        found += head.results(**keys)
-    twice = sorted({key for key in found if found.count(key) > 1})
-    if twice:
-        raise CheckpointError(f"two heads of config.model give {twice[0]!r} (output_name)")
-    return set(found)
-
-
-def _outputs(config: Config, model: Config, results: set[str]) -> dict[str, Output]:
-    """Targets of the config that the model has a result for."""
-    saved = config.get("outputs") or _outputs_of_old(config)
-    by_head = model["name"] == "hydra" and not model.get("pass_through_head_outputs", False)
-    outputs = {}
-    for target, section in saved.items():
-        level = section.get("level", "system")
-        part = section.get("property", target) if by_head else target
-        split = _by_degree(section.get("decomposition") or {})
-        if part in results:
-            outputs[target] = Output(level, (part,))
-        elif list(split) == [0, 2] and set(split.values()) <= results:
-            outputs[target] = Output(level, tuple(split.values()))
-        else:
-            logger.warning(
-                "its config asks for %s, which the model does not predict: left out", target
-            )
-    return outputs
-
-
-def _outputs_of_old(config: Config) -> Config:
-    """The targets of configs from before OCP's 2.0: by the kind of data."""
-    kind = config.get("task", {}).get("dataset", "trajectory_lmdb")
-    outputs = {"energy": {"level": "system"}}
-    return outputs if kind == "single_point_lmdb" else outputs | {"forces": {"level": "atom"}}
-
-
-def _by_degree(split: Config) -> dict[int, str]:
-    return dict(sorted((section["irrep_dim"], part) for part, section in split.items()))
 
 
 def _weights(content: Config, *, frozen_backbone: bool) -> tuple[dict[str, Tensor], bool]:

@@ -16,12 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 
-from fairchem_equiformer.checkpoints.checkpoint import (
-    check_content,
-    load_weights,
-    model_section,
-    without_prefix,
-)
+from fairchem_equiformer.checkpoints.checkpoint import load_weights, without_prefix
+from fairchem_equiformer.checkpoints.config import check_content, model_section
 from fairchem_equiformer.checkpoints.names import BACKBONES, FLAT, HEADS, Names, resolve
 from fairchem_equiformer.checkpoints.reading import CheckpointError
 from fairchem_equiformer.models.config import ModelConfig
