@@ -22,7 +22,8 @@ import torch
 if TYPE_CHECKING:
     from ase import Atoms
 
-ALPHA = 70.0  # eV/Angstrom^2, first guess of the curvature: OC20's configs and ASE's default
+# Of OC20's configs: first guess of the curvature in eV/Angstrom^2, longest step in Angstrom.
+ALPHA, LONGEST_STEP = 70.0, 0.04
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def by_ase(settings: Settings, slabs: list[Atoms], result: Result) -> None:
     with result.timed():
         for slab in slabs:
             slab.calc = calculator
-            LBFGS(slab, logfile=None, alpha=ALPHA).run(fmax=settings.fmax, steps=settings.steps)
+            optimizer = LBFGS(slab, logfile=None, maxstep=LONGEST_STEP, memory=50, alpha=ALPHA)
+            optimizer.run(fmax=settings.fmax, steps=settings.steps)
             forces = slab.get_forces(apply_constraint=False)
             result.end(slab.get_potential_energy(), forces, slab, settings.fmax)
 
@@ -163,6 +165,7 @@ def by_torch_sim(
                 ),
                 max_steps=settings.steps,
                 steps_between_swaps=1,
+                max_step=LONGEST_STEP,
             )
         forces = relaxed.forces.split([len(slab) for slab in slabs])
         for energy, force, slab in zip(relaxed.energy, forces, slabs, strict=True):
