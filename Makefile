@@ -99,7 +99,7 @@ test-long: install wheel
 	@$(BIN)/python -m pytest -m long
 
 test-fairchem2: install-fairchem2
-	@$(BIN2)/python -m pytest tests/fairchem2
+	@$(BIN2)/python -m pytest -c tests/fairchem2/pytest.ini tests/fairchem2 tests/plain
 
 wheel: install
 	@rm -rf build dist
