@@ -19,7 +19,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.geometry import wrap_positions
 
 from fairchem_equiformer.checkpoints.frozen import FrozenPotential
-from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.errors import InputError, StructureError
 from fairchem_equiformer.graph.batch import Batch
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class EquiformerCalculator(Calculator):
         """Predict everything at once: energy in eV, forces in eV/Angstrom, stress in eV/Angstrom^3.
 
         Raises:
-            ValueError: if the model cannot predict the structure; names atom and value.
+            StructureError: if the model cannot predict the structure; names atom and value.
         """
         super().calculate(atoms, properties, system_changes)
         batch = batch_of(self.atoms, self._potential.device, self._potential.dtype)
@@ -103,11 +103,11 @@ def batch_of(atoms: Atoms, device: torch.device, dtype: torch.dtype) -> Batch:
     Where the cell has no vector in a direction that is not periodic, ASE's is put there.
 
     Raises:
-        ValueError: if there is no vector in a periodic direction.
+        StructureError: if there is no vector in a periodic direction.
     """
     missing = atoms.pbc & ~np.any(atoms.cell.array, axis=1)
     if missing.any():
-        raise ValueError(
+        raise StructureError(
             f"pbc is {atoms.pbc.tolist()}, but the cell has no vector in direction"
             f" {', '.join(map(str, np.flatnonzero(missing)))}: give the atoms a cell"
             " (atoms.cell, atoms.center) or set pbc to False there"

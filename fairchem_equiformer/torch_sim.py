@@ -81,7 +81,7 @@ class EquiformerModel(ModelInterface):
             eV/Angstrom^3, in the state's precision.
 
         Raises:
-            ValueError: if the model cannot predict a structure; names structure, atom and value.
+            StructureError: if the model cannot predict a structure; names it, atom and value.
         """
         if isinstance(state, dict):
             state = SimpleNamespace(**state)

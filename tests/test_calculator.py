@@ -12,6 +12,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.constraints import FixAtoms
 from fairchem.core import OCPCalculator
 
@@ -107,3 +108,14 @@ def test_the_structures_tell_periodicities_apart(calculators):
         for name in ("slab under its image", "the same, open above")
     )
     assert abs(closed - opened) > 1e-2
+
+
+def test_a_model_of_energies_alone(tmp_path):
+    content = content_of(FLAT | {"regress_forces": False}, {"energy": OUTPUTS["energy"]})
+    calculator = EquiformerCalculator(save(content, tmp_path / "energy.pt"))
+    assert calculator.implemented_properties == ["energy", "free_energy"]
+    atoms = STRUCTURES["slab"].copy()
+    atoms.calc = calculator
+    assert np.isfinite(atoms.get_potential_energy())
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_forces()

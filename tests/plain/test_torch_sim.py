@@ -158,6 +158,15 @@ def test_the_state_stays_as_it_is(golden_models):
         assert torch.equal(getattr(state, name), getattr(before, name))
 
 
+def test_a_state_as_a_dictionary(golden_models):
+    """torch-sim 0.3 has this, too."""
+    state = state_of([golden.structure("MgO"), golden.structure("Si")])
+    names = ("positions", "cell", "pbc", "atomic_numbers", "system_idx")
+    found = golden_models["hydra"]({name: getattr(state, name) for name in names})
+    for key, value in golden_models["hydra"](state).items():
+        assert torch.equal(found[key], value)
+
+
 class TestBadInput:
     def test_unknown_element(self, golden_models):
         structures = [bulk("Cu"), Atoms("Og", cell=[4, 4, 4], pbc=True)]
