@@ -132,7 +132,5 @@ def test_another_fairchem_is_left_alone(monkeypatch):
 
 def test_another_value_of_the_switch_is_an_error(monkeypatch):
     monkeypatch.setenv(patches.VARIABLE, "no")
-    with pytest.raises(
-        ValueError, match="_PATCHES is 'no', it must be on or off"
-    ):
+    with pytest.raises(ValueError, match="_PATCHES is 'no', it must be on or off"):
         patches.install()
