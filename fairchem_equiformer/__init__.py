@@ -48,6 +48,8 @@ __all__ = [
 ]
 __version__ = "0.2.0.dev0"
 
+PATCHES_VARIABLE = "FAIRCHEM_EQUIFORMER_PATCHES"
+
 _MODELS = (
     "DeNSBackbone",
     "DeNSEnergyHead",
@@ -92,5 +94,12 @@ def fairchem1_installed() -> bool:
 
 
 def patches_wanted() -> bool:
-    """Whether there is a fairchem-core 1.10 to put right (``fairchem1.patches``)."""
-    return fairchem1_installed() and os.environ.get("FAIRCHEM_EQUIFORMER_PATCHES") != "off"
+    """Whether there is a fairchem-core 1.10 to put right (``fairchem1.patches``).
+
+    Raises:
+        ValueError: for a value of the environment's variable other than ``on`` and ``off``.
+    """
+    choice = os.environ.get(PATCHES_VARIABLE, "on")
+    if choice not in ("on", "off"):
+        raise ValueError(f"{PATCHES_VARIABLE} is {choice!r}, it must be on or off")
+    return choice == "on" and fairchem1_installed()

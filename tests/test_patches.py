@@ -131,6 +131,6 @@ def test_another_fairchem_is_left_alone(monkeypatch):
 
 
 def test_another_value_of_the_switch_is_an_error(monkeypatch):
-    monkeypatch.setenv(patches.VARIABLE, "no")
+    monkeypatch.setenv(fairchem_equiformer.PATCHES_VARIABLE, "no")
     with pytest.raises(ValueError, match="_PATCHES is 'no', it must be on or off"):
         patches.install()
