@@ -212,7 +212,7 @@ class TestCommand:
         assert "hydra (backbone and heads), with DeNS" in text
         assert "2 blocks, Lmax 4, Mmax 2, 8 channels" in text
         assert "20 neighbours within 12 Angstrom, atomic numbers up to 95" in text
-        assert "energy: mean -0.7, std 24.9; references of 119 elements" in text
+        assert "energy (mean -0.7, std 24.9; references of 119 elements)" in text
         assert "stress_isotropic: mean -0.12, std 0.35" in text
         assert "none of the published ones" in text
 

@@ -106,7 +106,7 @@ def description(checkpoint: Checkpoint) -> list[str]:
 def _target(checkpoint: Checkpoint, target: str) -> str:
     names = dict.fromkeys((*checkpoint.outputs[target].parts, target))
     scales = [
-        f"{name}: mean {scale.mean:.6g}, std {scale.std:.6g}"
+        f"{'' if name == target else f'{name}: '}mean {scale.mean:.6g}, std {scale.std:.6g}"
         for name in names
         if (scale := checkpoint.normalizers.get(name)) is not None
     ]
