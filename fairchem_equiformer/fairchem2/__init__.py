@@ -22,6 +22,10 @@ if not _version.startswith("2."):
 
 from fairchem_equiformer.fairchem2.checkpoint import convert, load_predict_unit
 from fairchem_equiformer.fairchem2.models import (
+    DeNSBackbone,
+    DeNSEnergyHead,
+    DeNSForceHead,
+    DeNSStressHead,
     EnergyHead,
     EquiformerV2Backbone,
     ForceHead,
@@ -30,6 +34,10 @@ from fairchem_equiformer.fairchem2.models import (
 )
 
 __all__ = [
+    "DeNSBackbone",
+    "DeNSEnergyHead",
+    "DeNSForceHead",
+    "DeNSStressHead",
     "EnergyHead",
     "EquiformerV2Backbone",
     "ForceHead",

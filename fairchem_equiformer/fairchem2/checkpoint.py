@@ -61,10 +61,14 @@ def convert(
     name = dataset or ("omat" if "stress" in checkpoint.outputs else "oc20")
     heads = {target: _head(target, checkpoint) for target in checkpoint.outputs}
     weights = _weights(checkpoint, heads)
+    dens = issubclass(checkpoint.backbone_class, models.DeNSBackbone)
     return MLIPInferenceCheckpoint(
         model_config={
             "_target_": f"{_HERE}.HydraModel",
-            "backbone": {"model": f"{_HERE}.EquiformerV2Backbone", **checkpoint.backbone},
+            "backbone": {
+                "model": f"{_HERE}.{'DeNSBackbone' if dens else 'EquiformerV2Backbone'}",
+                **checkpoint.backbone,
+            },
             "heads": {
                 target: {"module": f"{_HERE}.{head.module.__name__}", **head.keys}
                 for target, head in heads.items()

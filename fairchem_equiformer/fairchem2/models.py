@@ -118,12 +118,24 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
+class DeNSBackbone(EquiformerV2Backbone, models.DeNSBackbone):
+    """:class:`fairchem_equiformer.models.DeNSBackbone`, which no trainer of 2.x gives noise."""
+
+
 class EnergyHead(models.EnergyHead, base.HeadInterface):
     """:class:`fairchem_equiformer.models.EnergyHead`, for a head named as its task."""
 
 
 class ForceHead(models.ForceHead, base.HeadInterface):
     """:class:`fairchem_equiformer.models.ForceHead`, for a head named as its task."""
+
+
+class DeNSEnergyHead(models.DeNSEnergyHead, base.HeadInterface):
+    """:class:`fairchem_equiformer.models.DeNSEnergyHead`, for a head named as its task."""
+
+
+class DeNSForceHead(models.DeNSForceHead, base.HeadInterface):
+    """:class:`fairchem_equiformer.models.DeNSForceHead`, for a head named as its task."""
 
 
 class StressHead(models.StressHead, base.HeadInterface):
@@ -156,6 +168,10 @@ class StressHead(models.StressHead, base.HeadInterface):
             for kind, scale in self.scales.items()
         ]
         return {self.output_name: symmetric_tensor(*parts).flatten(1)}
+
+
+class DeNSStressHead(StressHead, models.DeNSStressHead):
+    """:class:`fairchem_equiformer.models.DeNSStressHead`, as :class:`StressHead`."""
 
 
 class HydraModel(base.HydraModel):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fairchem.core import FAIRChemCalculator
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 
+from fairchem_equiformer import checkpoints, models
 from fairchem_equiformer import convert as command
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.fairchem2 import convert, load_predict_unit
@@ -166,3 +168,44 @@ def test_the_other_environments_form(tmp_path, capsys):
     target = tmp_path / "target.pt"
     assert command.main([str(golden.checkpoint("flat")), str(target), "--to", "fairchem"]) == 2
     assert "this needs fairchem-core 1.10, and fairchem-core 2." in capsys.readouterr().err
+
+
+def test_dens(tmp_path):
+    """Models trained with DeNS, whose force encoding has parameters and reads no forces here."""
+    content = torch.load(golden.checkpoint("hydra"), weights_only=True)
+    model = content["config"]["model"]
+    model["backbone"]["model"] = "equiformer_v2_dens_backbone"
+    for name, module in (
+        ("energy", "eqV2_DeNS_scalar_head"),
+        ("forces", "eqV2_DeNS_vector_head"),
+        ("stress", "dens_rank2_symmetric_head"),
+    ):
+        model["heads"][name]["module"] = module
+    keys = {key: value for key, value in model["backbone"].items() if key != "model"}
+    stress = {key: value for key, value in model["heads"]["stress"].items() if key != "module"}
+    heads = {
+        "energy": (models.DeNSEnergyHead, {}),
+        "forces": (models.DeNSForceHead, {}),
+        "stress": (models.DeNSStressHead, stress),
+    }
+    content["state_dict"] = models.EquiformerV2Hydra(keys, heads, models.DeNSBackbone).state_dict()
+    path = tmp_path / "dens.pt"
+    torch.save(content, path)
+    atoms = golden.structure("MgO")
+    atoms.calc = FAIRChemCalculator(load_predict_unit(path, device="cpu"))
+    batch = SimpleNamespace(
+        pos=torch.tensor(atoms.positions, dtype=torch.float32),
+        cell=torch.tensor(atoms.cell.array, dtype=torch.float32)[None],
+        atomic_numbers=torch.tensor(atoms.numbers),
+        natoms=torch.tensor([len(atoms)]),
+    )
+    with torch.no_grad():
+        expected = checkpoints.load(path).potential()(batch)
+    for key, found in (
+        ("energy", atoms.get_potential_energy()),
+        ("forces", atoms.get_forces()),
+        ("stress", atoms.get_stress(voigt=False)),
+    ):
+        wanted = expected[key] if key == "forces" else expected[key][0]
+        # Atoms are not wrapped into the cell here, and round in other places.
+        assert golden.error(found, wanted.numpy()) < 5e-5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+import warnings
+
 import pytest
 import torch
 from ase import Atoms
@@ -176,8 +177,10 @@ def test_inference_batcher(unit):
 
 def test_torch_sim(tmp_path):
     """2.x's own interface, which wants a torch-sim that needs Python 3.12."""
-    torch_sim = pytest.importorskip("torch_sim", reason="torch-sim is not installed")
-    from fairchem.core.calculate.torchsim_interface import FairChemModel
+    with warnings.catch_warnings():  # what its dependencies say while they are imported
+        warnings.simplefilter("ignore")
+        torch_sim = pytest.importorskip("torch_sim", reason="torch-sim is not installed")
+        from fairchem.core.calculate.torchsim_interface import FairChemModel
 
     from fairchem_equiformer.fairchem2 import convert
 
@@ -195,4 +198,3 @@ def test_torch_sim(tmp_path):
         one = {key: found[key][index] for key in ("energy", "stress")}
         check({**one, "forces": forces[index]}, name, "hydra")
     assert len(names) == 9
-    assert np.isfinite(found["energy"]).all()
