@@ -9,7 +9,7 @@ SUITS := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 SUITS2 := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.10; do \
 	$$python -c '$(SUITS)' 2>/dev/null && echo $$python && break; done)
-PYTHON2 ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3.14; do \
+PYTHON2 ?= $(shell for python in python3.12 python3.13 python3 python3.11 python3.14; do \
 	$$python -c '$(SUITS2)' 2>/dev/null && echo $$python && break; done)
 
 # fairchem-core 1.10 and 2.x cannot share an environment: numpy 1 and torch 2.4, numpy 2 and 2.13.
