@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "emt"
-# With the adsorbates that the demo's model knows: others come apart, or onto one point.
+# Without test_ood_ads, the adsorbates that the demo's model has not seen: see docs/ase.md.
 SPLITS = ("val_id", "test_id", "test_ood_cat", "train")
 
 
