@@ -31,7 +31,10 @@ def report() -> dict[str, str]:
         lines |= _of_torch()
     except (ImportError, OSError) as error:
         lines["torch"] += f", which cannot be imported: {error}"
-    lines["changes to fairchem"] = _changes_to_fairchem()
+    try:
+        lines["changes to fairchem"] = _changes_to_fairchem()
+    except ValueError as error:
+        lines["changes to fairchem"] = f"none can be made: {error}"
     return lines
 
 

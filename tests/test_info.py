@@ -75,6 +75,19 @@ def test_changes_to_fairchem(monkeypatch, wanted, startup, expected):
     assert info.report()[CHANGES] == expected
 
 
+def test_a_mistyped_switch_is_shown(monkeypatch):
+    monkeypatch.setenv("FAIRCHEM_EQUIFORMER_PATCHES", "of")
+    shown = info.report()[CHANGES]
+    assert shown.startswith("none can be made: FAIRCHEM_EQUIFORMER_PATCHES is 'of'")
+
+
+def test_a_mistyped_choice_of_kernels_is_shown(monkeypatch):
+    monkeypatch.setenv(loader.VARIABLE, "fast")
+    assert info.report()[KERNELS] == (
+        "none: FAIRCHEM_EQUIFORMER_KERNELS is 'fast', it must be auto, reference, native"
+    )
+
+
 def test_no_changes_without_fairchem(monkeypatch):
     monkeypatch.setattr(info, "fairchem1_installed", lambda: False)
     assert info.report()[CHANGES] == "none, there is no fairchem-core 1.10"

@@ -31,9 +31,7 @@ def library() -> ctypes.CDLL | None:
         ValueError: for another value of the variable than those above.
         RuntimeError: if ``native`` was asked for and the library cannot be used.
     """
-    choice = os.environ.get(VARIABLE, "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"{VARIABLE} is {choice!r}, it must be {', '.join(CHOICES)}")
+    choice = _choice()
     if choice == "reference":
         return None
     try:
@@ -48,14 +46,28 @@ def library() -> ctypes.CDLL | None:
 
 def status() -> str:
     """Which kernels run on the CPU, and where these are not the compiled ones, why."""
-    if os.environ.get(VARIABLE) == "reference":
-        return f"PyTorch's, as {VARIABLE}=reference asks"
     path = _file()
     try:
+        if _choice() == "reference":
+            return f"PyTorch's, as {VARIABLE}=reference asks"
         _load(path)
+    except ValueError as error:
+        return f"none: {error}"
     except OSError as error:
         return f"PyTorch's, slower with the same numbers: {error}"
     return f"compiled ({path})"
+
+
+def _choice() -> str:
+    """What the variable asks for.
+
+    Raises:
+        ValueError: for another value than those above.
+    """
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{VARIABLE} is {choice!r}, it must be {', '.join(CHOICES)}")
+    return choice
 
 
 def _load(path: Path) -> ctypes.CDLL:
