@@ -11,3 +11,15 @@ class StructureError(ValueError, AssertionError):
     An AssertionError, too, since fairchem's own models check atomic numbers by assertion: who
     handles theirs handles ours.
     """
+
+
+class StoppedError(Exception):
+    """A run that cannot go on. The message is one line, written for the user.
+
+    Attributes:
+        status: with which the process ends.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status

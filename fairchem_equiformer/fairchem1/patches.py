@@ -18,6 +18,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.trainers import OCPTrainer
 
 from fairchem_equiformer import patches_wanted
+from fairchem_equiformer.fairchem1 import saving
 from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
 from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
 
@@ -151,6 +152,26 @@ PATCHES = (
         " EquiformerV2 decay, which they do not in the flat model. Other backbones are not"
         " affected.",
         no_weight_decay_of_hydra,
+    ),
+    *(
+        Patch(
+            module,
+            "save_checkpoint",
+            "A checkpoint is written over the one before: killed meanwhile, or on a full disk, a"
+            " run has neither; and the message does not say that the disk is full.",
+            lambda _: saving.save_checkpoint,
+        )
+        for module in (
+            "fairchem.core.trainers.base_trainer",
+            "fairchem.core.modules.normalization._load_utils",
+        )
+    ),
+    Patch(
+        "fairchem.core.trainers.base_trainer",
+        "BaseTrainer.load_checkpoint",
+        "torch compares no checksums, so that damaged weights are loaded; and checkpoints are saved"
+        " before the schedule's step, so that a resumed training lags one behind.",
+        saving.load_newest_good,
     ),
 )
 # Their modules import all of fairchem-core's EquiformerV2: slow, so not before they are needed.

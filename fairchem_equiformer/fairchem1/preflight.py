@@ -23,6 +23,7 @@ from fairchem.core.common.utils import create_dict_from_args, load_config, merge
 from fairchem.core.datasets.lmdb_dataset import LmdbDataset
 
 from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem1 import saving
 from fairchem_equiformer.fairchem1.names import (
     AUXILIARY_TASK_TRAINER,
     NOISY_NODES_LMDB,
@@ -384,7 +385,13 @@ def _check_checkpoint(
         return
     if Path(path).is_dir() and config["optim"].get("checkpoint_format") == "dcp":
         return
+    if Path(path).is_dir():
+        raise InputError(
+            f"--checkpoint: {path} is a folder, and a file is needed, e.g. the best_checkpoint.pt "
+            "in the folder of a run"
+        )
     _require_file("--checkpoint", Path(path))
+    path = _good_checkpoint(Path(path), mode)
     if "state_dict" not in (checkpoint := _load("--checkpoint", path)):
         raise InputError(f"--checkpoint: {path} holds no state_dict: not a checkpoint of fairchem")
     trainer = todays_name(config.get("trainer"))
@@ -398,6 +405,18 @@ def _check_checkpoint(
                 f"--checkpoint: {path} holds the state of training, which the trainer {trainer} "
                 "loads only with dataset.train.src set; use best_checkpoint.pt of the same folder"
             )
+
+
+def _good_checkpoint(path: Path, mode: str) -> str:
+    """The file to load: a training goes on from the checkpoint kept before a damaged one."""
+    if mode == "train":
+        return str(saving.newest_good(path)[0])
+    if reason := saving.damage(path):
+        raise InputError(
+            f"--checkpoint: {path} cannot be read ({reason}); copy it again, or take another one "
+            f"of its folder, such as {saving.PREVIOUS}"
+        )
+    return str(path)
 
 
 def _load(option: str, path: str) -> Config:
