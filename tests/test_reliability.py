@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+
 import pytest
 import torch
 import yaml
 from fairchem.core.common import distutils
 from fairchem.core.trainers import OCPTrainer
 
+from fairchem_equiformer.fairchem1 import saving, signals
 from fairchem_equiformer.fairchem1.cli import main
-from tests.conftest import make_tiny_config
+from tests.conftest import make_data, make_tiny_config, write_lmdb
 
 # Four structures, one a batch, and two epochs.
 STEPS = 8
 
 
+@pytest.fixture(scope="module")
+def kept():
+    """What the uninterrupted training saved, once there was one."""
+    return {}
+
+
 @pytest.fixture
-def train(tmp_path, tiny_lmdb, monkeypatch):
+def train(tmp_path, tiny_lmdb, monkeypatch, kept):
     """Run a training of eight steps in a folder of its own; its exit status."""
     config = make_tiny_config(tiny_lmdb)
     config["model"] |= {"alpha_drop": 0.0, "drop_path_rate": 0.0, "proj_drop": 0.0}
@@ -25,6 +36,7 @@ def train(tmp_path, tiny_lmdb, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(name, *options, **sections):
+        """With other sections of the config, if any are given."""
         (tmp_path / "config.yml").write_text(yaml.safe_dump({**config, **sections}))
         given = ["--mode", "train", "--config-yml", "config.yml", "--cpu", "--timestamp-id", name]
         try:
@@ -34,6 +46,13 @@ def train(tmp_path, tiny_lmdb, monkeypatch):
         finally:
             distutils.cleanup()  # as the end of a process does
 
+    def uninterrupted():
+        if not kept:
+            assert run("whole") == 0
+            kept.update(run.saved("whole"))
+        return kept
+
+    run.whole = uninterrupted
     run.config = config
     run.folder = lambda name: tmp_path / "checkpoints" / name
     run.saved = lambda name: torch.load(run.folder(name) / "checkpoint.pt", weights_only=False)
@@ -76,13 +95,13 @@ def crash(monkeypatch):
 
 
 def test_a_resumed_training_is_that_of_an_uninterrupted_one(train, crash):
-    assert train("whole") == 0
+    whole = train.whole()
     for step in (3, 4):  # within an epoch, and at its end
         crash(step)
         with pytest.raises(CrashError):
             train(f"crashed{step}")
         assert train(f"crashed{step}") == 0
-        assert_same_training(train.saved(f"crashed{step}"), train.saved("whole"))
+        assert_same_training(train.saved(f"crashed{step}"), whole)
 
 
 def test_a_damaged_checkpoint_is_not_resumed_but_the_one_before(train, crash, caplog):
@@ -99,3 +118,273 @@ def test_a_damaged_checkpoint_is_not_resumed_but_the_one_before(train, crash, ca
     assert str(path) in line
     assert "checkpoint.previous.pt" in line
     assert train.saved("damaged")["step"] == STEPS
+
+
+def data_with(tmp_path, changes):
+    """The structures of `tiny_lmdb`, some labels of which are changed."""
+    entries = [make_data(index) for index in range(4)]
+    for sid, change in changes.items():
+        change(entries[sid])
+    return write_lmdb(tmp_path / "bad" / "data.lmdb", entries)
+
+
+def nan_force(data):
+    data.forces[8, 1] = torch.nan  # the hydrogen, which is free
+
+
+def infinite_energy(data):
+    data.energy = float("inf")
+
+
+def nan_force_on_fixed_atom(data):
+    data.forces[0, 0] = torch.nan
+
+
+def assert_finite(saved):
+    for name, value in saved["state_dict"].items():
+        assert value.isfinite().all(), name
+    for value in saved["ema"]["shadow_params"]:
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (nan_force, "the label of forces of atom 8 of sid 2, fid 0 is nan"),
+        (infinite_energy, "the label of energy of sid 2, fid 0 is inf"),
+    ],
+)
+def test_a_bad_label_is_named_and_stops_the_training(train, tmp_path, caplog, change, named):
+    train.config["dataset"]["train"]["src"] = str(data_with(tmp_path, {2: change}))
+    assert train("bad") == 1
+    saved = train.saved("bad")
+    assert f"step {saved['step'] + 1}: {named}" in caplog.text
+    error = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(error) == 1
+    assert "weights were not changed" in error[0]
+    assert saved["step"] < 4
+    assert_finite(saved)
+
+
+def test_bad_labels_are_skipped_if_asked_to(train, tmp_path, caplog):
+    """And nothing is learnt from them: the others alone give the same weights."""
+    changes = {1: infinite_energy, 2: nan_force}
+    train.config["dataset"]["train"]["src"] = str(data_with(tmp_path, changes))
+    train.config["optim"]["nonfinite"] = "skip"
+    assert train("bad") == 0
+    assert "4 batches were skipped" in caplog.text
+    saved = train.saved("bad")
+    assert saved["step"] == STEPS
+    assert_finite(saved)
+    updates = {int(state["step"]) for state in saved["optimizer"]["state"].values()}
+    assert updates == {4}
+
+
+def test_fairchems_behaviour_can_be_had(train, tmp_path):
+    train.config["dataset"]["train"]["src"] = str(data_with(tmp_path, {2: nan_force}))
+    train.config["optim"]["nonfinite"] = "fairchem"
+    assert train("bad") == 0
+    saved = train.saved("bad")
+    assert saved["step"] == STEPS
+    assert all(value.isnan().any() for value in saved["ema"]["shadow_params"])
+
+
+def test_what_is_not_trained_on_may_be_nan(train, tmp_path):
+    changes = {1: nan_force_on_fixed_atom}
+    train.config["dataset"]["train"]["src"] = str(data_with(tmp_path, changes))
+    assert train("fixed") == 0
+    assert_finite(train.saved("fixed"))
+
+
+def bad_at(step, monkeypatch, change):
+    """Change the predictions of the batch of one training step."""
+    forward = OCPTrainer._forward
+
+    def changed(trainer, batch):
+        out = forward(trainer, batch)
+        return change(out) if trainer.step == step and torch.is_grad_enabled() else out
+
+    monkeypatch.setattr(OCPTrainer, "_forward", changed)
+
+
+def test_a_prediction_that_is_not_finite(train, monkeypatch, caplog):
+    """fairchem takes it for zero, so that the loss looks finite."""
+    bad_at(3, monkeypatch, lambda out: {**out, "energy": out["energy"] * torch.nan})
+    assert train("bad") == 1
+    assert "step 3: the prediction of energy of sid" in caplog.text
+    assert train.saved("bad")["step"] == 2
+
+
+def test_a_gradient_that_is_not_finite(train, monkeypatch, caplog):
+    """The loss is finite, and its gradient is that of a square root at zero."""
+    bad_at(3, monkeypatch, lambda out: {**out, "energy": out["energy"] + root_of_zero(out)})
+    assert train("stopped") == 1
+    assert "step 3: the gradient of module." in caplog.text
+    assert train.saved("stopped")["step"] == 2
+    train.config["optim"]["nonfinite"] = "skip"
+    assert train("skipped") == 0
+    assert "1 batches were skipped" in caplog.text
+    assert_finite(train.saved("skipped"))
+
+
+def root_of_zero(out):
+    return (0 * out["energy"]).sqrt()
+
+
+def test_a_stopped_training_goes_on_as_if_nothing_had_been(train, monkeypatch):
+    whole = train.whole()
+    with monkeypatch.context() as patch:
+        bad_at(3, patch, lambda out: {**out, "energy": out["energy"] * torch.nan})
+        assert train("bad") == 1
+    assert train("bad") == 0
+    assert_same_training(train.saved("bad"), whole)
+
+
+def test_validation_does_not_look_finite(train, tmp_path, caplog):
+    train.config["dataset"]["val"] = {"src": str(data_with(tmp_path, {3: nan_force}))}
+    train.config["optim"]["eval_every"] = 4
+    assert train("validated") == 0
+    assert "(validation): the label of forces of atom 8 of sid 3, fid 0 is nan" in caplog.text
+    assert "loss: nan" in caplog.text
+    assert_finite(train.saved("validated"))
+
+
+def test_the_guard_changes_no_number(train):
+    """Clipping included: the norms are above the limit."""
+    train.config["optim"]["clip_grad_norm"] = 0.1
+    for name, policy in (("guarded", "stop"), ("plain", "fairchem")):
+        assert train(name, f"--optim.nonfinite={policy}") == 0
+    assert_same_training(train.saved("guarded"), train.saved("plain"))
+
+
+def test_a_full_disk_stops_the_training_in_one_line(train, monkeypatch, caplog):
+    sync, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert train("full") == 1
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "No space left on device" in error
+    path = train.folder("full") / "checkpoint.pt"
+    assert str(path) in error
+    assert saving.damage(path) is None
+    monkeypatch.undo()
+
+
+def signal_at(step, number, monkeypatch):
+    """Send this process a signal in the middle of a training step."""
+
+    def send(out):
+        os.kill(os.getpid(), number)
+        return out
+
+    bad_at(step, monkeypatch, send)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGUSR2"])
+def test_a_signal_finishes_the_step_and_saves(train, monkeypatch, caplog, capfd, name):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    train.config["optim"]["checkpoint_every"] = 100
+    with monkeypatch.context() as patch:
+        signal_at(3, number, patch)
+        assert train("stopped") == 128 + number
+    assert signal.getsignal(number) is before
+    assert train.saved("stopped")["step"] == 3
+    assert f"{name}: stopping after this step" in capfd.readouterr().err
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert f"{name}: stopped after step 3" in error
+    assert "--timestamp-id stopped" in error
+
+
+def test_after_a_signal_a_training_goes_on_as_if_nothing_had_been(train, monkeypatch):
+    whole = train.whole()
+    with monkeypatch.context() as patch:
+        signal_at(3, signal.SIGTERM, patch)
+        assert train("stopped") == 128 + signal.SIGTERM
+    assert train("stopped") == 0
+    assert_same_training(train.saved("stopped"), whole)
+
+
+def test_a_signal_in_a_validation_saves_no_averages(train, monkeypatch, tiny_lmdb):
+    """While fairchem validates, the moving averages stand in place of the weights."""
+    whole = train.whole()
+    train.config["dataset"]["val"] = {"src": str(tiny_lmdb)}
+    train.config["optim"] |= {"eval_every": 3, "checkpoint_every": 100}
+    forward = OCPTrainer._forward
+
+    def interrupted(trainer, batch):
+        if not torch.is_grad_enabled():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OCPTrainer, "_forward", interrupted)
+        assert train("stopped") == 128 + signal.SIGTERM
+    assert train.saved("stopped")["step"] == 3
+    assert train("stopped", "--optim.eval_every=100", "--optim.checkpoint_every=1") == 0
+    assert_same_training(train.saved("stopped"), whole)
+
+
+def test_submitits_signal_waits_for_the_end_of_the_step(train, monkeypatch):
+    """In the middle of a step, it would save weights and a step that do not belong together."""
+    steps = []
+
+    def requeue(number, _):
+        steps.append((trainers[0].step, trainers[0].scheduler.scheduler.last_epoch, number))
+        raise SystemExit(255)
+
+    trainers = []
+    forward = OCPTrainer._forward
+    monkeypatch.setattr(
+        OCPTrainer, "_forward", lambda self, batch: trainers.append(self) or forward(self, batch)
+    )
+    signal_at(3, signal.SIGUSR2, monkeypatch)
+    backward = OCPTrainer._backward
+
+    def slow(trainer, loss):
+        assert not steps
+        backward(trainer, loss)
+
+    monkeypatch.setattr(OCPTrainer, "_backward", slow)
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        assert train("requeued") == 255
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert steps == [(3, 2, signal.SIGUSR2)]
+
+
+def test_a_signal_that_comes_again_acts_at_once(monkeypatch):
+    came = []
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        deferred = signals.Deferred()
+        deferred.start()
+        monkeypatch.setattr(os, "kill", lambda _, number: came.append(number))
+        for _ in range(2):  # a launcher may send it once more
+            signal.raise_signal(signal.SIGTERM)
+        assert not came
+        monkeypatch.setattr(signals, "AGAIN", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert came == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        deferred.stop()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        deferred = signals.Deferred()
+        deferred.start()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        deferred.stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from fairchem.core import _cli
 from fairchem.core.common.flags import flags
 from fairchem.core.common.utils import setup_logging
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.errors import InputError, StoppedError
 from fairchem_equiformer.fairchem1 import patches, preflight
+from fairchem_equiformer.fairchem1.signals import SIGNALLED
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 EXIT_BAD_INPUT = 2  # as argparse
 
@@ -25,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process if not given.
 
     Returns:
-        The exit status: 0, or 2 for input that a run cannot start with.
+        The exit status: 0, 2 for input that a run cannot start with, 128 and its number for a
+        signal, or 1.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = flags.get_parser()
@@ -45,5 +53,21 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     if args.sweep_yml is not None:
         patches.let_sweeps_be_read()
-    _cli.main(args, overrides)
+    return _run(args, overrides)
+
+
+def _run(args: Namespace, overrides: list[str]) -> int:
+    """Run fairchem-core's program; where that starts ranks, their status is its own."""
+    try:
+        _cli.main(args, overrides)
+    except StoppedError as error:
+        print(f"fairchem: error: {error}", file=sys.stderr)  # noqa: T201
+        return error.status
+    except SignalException as error:  # the ranks got it, too, and had the time to save
+        return SIGNALLED + error.sigval
+    except ChildFailedError as error:  # which has printed what was wrong
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode if failure.exitcode > 0 else SIGNALLED - failure.exitcode
+        print(f"fairchem: error: rank {rank} ended with status {status}", file=sys.stderr)  # noqa: T201
+        return status
     return 0

@@ -18,7 +18,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.trainers import OCPTrainer
 
 from fairchem_equiformer import patches_wanted
-from fairchem_equiformer.fairchem1 import saving
+from fairchem_equiformer.fairchem1 import guard, saving
 from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
 from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
 
@@ -172,6 +172,13 @@ PATCHES = (
         "torch compares no checksums, so that damaged weights are loaded; and checkpoints are saved"
         " before the schedule's step, so that a resumed training lags one behind.",
         saving.load_newest_good,
+    ),
+    Patch(
+        "fairchem.core.tasks.task",
+        "TrainTask.run",
+        "One NaN among the labels makes all weights NaN, and names no structure; signals lose all"
+        " that followed the last checkpoint.",
+        guard.guarded,
     ),
 )
 # Their modules import all of fairchem-core's EquiformerV2: slow, so not before they are needed.

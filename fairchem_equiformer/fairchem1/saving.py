@@ -162,7 +162,7 @@ def _agreed(path: str, device: torch.device) -> str:
 
 def _catch_up(trainer: Any) -> None:
     """Let a schedule that counts steps make the one that it missed."""
-    scheduler = getattr(getattr(trainer, "scheduler", None), "scheduler", None)
+    scheduler: Any = getattr(getattr(trainer, "scheduler", None), "scheduler", None)
     counts_steps = isinstance(scheduler, LRScheduler) and not isinstance(
         scheduler, ReduceLROnPlateau
     )
