@@ -28,7 +28,7 @@ DESCRIPTION := setup.cfg setup.py pyproject.toml startup/fairchem_equiformer_sta
 	$(wildcard fairchem_equiformer/ops/native/*.h) fairchem_equiformer/ops/native/sources.py
 
 .PHONY: help install install-fairchem2 demo demo-long adsorbml test test-long test-fairchem2 \
-	test-wheel wheel lint format clean
+	test-wheel wheel soak lint format clean
 
 help:
 	@echo 'make install         set up $(VENV) with fairchem-core 1.10 (12 minutes on 2 cores; once)'
@@ -37,6 +37,7 @@ help:
 	@echo 'make adsorbml        after make demo: search adsorption sites with its model'
 	@echo 'make test            install, then the tests'
 	@echo 'make test-long       install, then the tests that take minutes each'
+	@echo 'make soak            install, then kill trainings again and again: nothing may be lost'
 	@echo 'make test-fairchem2  set up $(VENV2) with fairchem-core 2, then what belongs there'
 	@echo 'make wheel           build a wheel, with the compiled kernels, in dist/'
 	@echo 'make test-wheel      install that wheel into an empty environment, and predict'
@@ -111,6 +112,10 @@ wheel: install
 
 test-wheel: wheel
 	@$(BIN)/python -m pytest -m long tests/test_wheel.py
+
+soak: install
+	@$(BIN)/python -W ignore -m tests.soak --kills 21
+	@$(BIN)/python -m pytest -m long tests/test_saving.py tests/test_reliability.py
 
 lint: install
 	@$(BIN)/ruff check .

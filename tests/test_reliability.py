@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -388,3 +391,72 @@ def test_a_signal_that_is_ignored_stays_so():
         deferred.stop()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def run_elsewhere(*command):
+    """A program of this folder in a process of its own; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_killed_trainings_lose_nothing():
+    """The short form of `make soak`."""
+    shown = run_elsewhere("-m", "tests.soak", "--kills", "2", "--epochs", "3")
+    assert "the same to the last bit after 12 steps" in shown
+
+
+@pytest.mark.long
+def test_a_signal_stops_all_ranks(train, tmp_path):
+    """Sent to the process that the user started, or to one of the ranks."""
+    train.config["optim"] |= {"max_epochs": 200, "checkpoint_every": 10**6}
+    for whom in ("first", "rank"):
+        (tmp_path / "config.yml").write_text(yaml.safe_dump(train.config))
+        command = [sys.executable, "-m", "fairchem_equiformer", "--mode", "train", "--cpu"]
+        command += ["--config-yml", "config.yml", "--num-gpus", "2", "--timestamp-id", whom]
+        with subprocess.Popen(
+            [*command, "--print-every", "1"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            shown = []
+            for line in process.stdout:
+                shown.append(line)
+                if "step: 3.00e+00" in line:
+                    break
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(process.pid if whom == "first" else int(children[-1]), signal.SIGTERM)
+            output = "".join(shown) + process.stdout.read()
+        assert process.returncode == 128 + signal.SIGTERM, output[-4000:]
+        assert output.count("SIGTERM: stopped after step") == 1
+        assert train.saved(whom)["step"] >= 3
+
+
+@pytest.mark.long
+def test_one_bad_rank_stops_or_skips_on_all(train, tmp_path):
+    train.config["dataset"]["train"]["src"] = str(data_with(tmp_path, {2: nan_force}))
+    for policy, status in (("stop", 1), ("skip", 0)):
+        (tmp_path / "config.yml").write_text(yaml.safe_dump(train.config))
+        command = [sys.executable, "-m", "fairchem_equiformer", "--mode", "train", "--cpu"]
+        command += ["--config-yml", "config.yml", "--num-gpus", "2", "--timestamp-id", policy]
+        done = subprocess.run(
+            [*command, f"--optim.nonfinite={policy}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr[-4000:]
+        assert "the label of forces of atom 8 of sid 2, fid 0 is nan" in done.stderr
+        assert_finite(train.saved(policy))
+    assert train.saved("skip")["step"] == 4
+    assert "2 batches were skipped" in done.stderr
