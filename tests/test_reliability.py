@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from fairchem.core.common import distutils
-from fairchem.core.trainers import OCPTrainer
+from fairchem.core.trainers import OCPTrainer, base_trainer
 
 from fairchem_equiformer.fairchem1 import saving, signals
 from fairchem_equiformer.fairchem1.cli import main
@@ -391,6 +391,37 @@ def test_a_signal_that_is_ignored_stays_so():
         deferred.stop()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_ids_differ_within_a_second_too():
+    """The runs of a sweep start together."""
+    ids = {base_trainer.BaseTrainer._get_timestamp(torch.device("cpu"), "x") for _ in range(50)}
+    assert len(ids) == 50
+    assert len({name[:16] for name in ids}) <= 2  # and begin with the date and time
+    assert all(name.endswith("-x") for name in ids)
+
+
+def test_a_run_resumes_only_its_own_config(train, caplog):
+    assert train("run", "--optim.max_epochs=1", "--optim.lr_initial=0.002") == 0
+    first = train.saved("run")
+    assert train("run", "--optim.max_epochs=1") == 2
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    for part in ("optim.lr_initial was 0.002 and is 0.001", "--task.resume_changed=True"):
+        assert part in error
+    assert "max_epochs" not in error
+    assert train.saved("run")["step"] == first["step"] == 4
+    caplog.clear()
+    assert train("run", "--task.resume_changed=True") == 0
+    assert train.saved("run")["step"] == STEPS
+    assert "optim.lr_initial was 0.002 and is 0.001" in caplog.text
+
+
+def test_how_often_one_saves_may_change(train, crash):
+    crash(3)
+    with pytest.raises(CrashError):
+        train("run")
+    assert train("run", "--optim.checkpoint_every=4", "--optim.num_workers=1") == 0
+    assert train.saved("run")["step"] == STEPS
 
 
 def run_elsewhere(*command):

@@ -10,6 +10,7 @@ import argparse
 import collections
 import collections.abc
 import importlib
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.trainers import OCPTrainer
 
 from fairchem_equiformer import patches_wanted
-from fairchem_equiformer.fairchem1 import guard, saving
+from fairchem_equiformer.fairchem1 import guard, resuming, saving
 from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
 from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
 
@@ -121,7 +122,8 @@ class Patch:
         original = getattr(present, "original", present)
         replacement = self.replace(original)
         replacement.original = original
-        setattr(owner, name, replacement)
+        static = isinstance(inspect.getattr_static(owner, name, None), staticmethod)
+        setattr(owner, name, staticmethod(replacement) if static else replacement)
 
 
 PATCHES = (
@@ -172,6 +174,19 @@ PATCHES = (
         "torch compares no checksums, so that damaged weights are loaded; and checkpoints are saved"
         " before the schedule's step, so that a resumed training lags one behind.",
         saving.load_newest_good,
+    ),
+    Patch(
+        "fairchem.core.trainers.base_trainer",
+        "BaseTrainer._get_timestamp",
+        "The time goes through a float32, so that runs that start within two minutes get one id;"
+        " the later one then resumes the earlier.",
+        resuming.unique_id,
+    ),
+    Patch(
+        "fairchem.core.tasks.task",
+        "BaseTask.setup",
+        "A checkpoint found under a run's id is resumed whatever the config now says.",
+        resuming.resume_only_the_same,
     ),
     Patch(
         "fairchem.core.tasks.task",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from zipfile import ZipFile, is_zipfile
 
 import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LATEST = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -133,7 +135,8 @@ def load_newest_good(original: Callable[..., None]) -> Callable[..., None]:
         inference_only: bool = False,
     ) -> None:
         if checkpoint is None:
-            checkpoint_path = _agreed(checkpoint_path, self.device)
+            path = Path(checkpoint_path)
+            checkpoint_path = on_first_rank(lambda: _choose(path), self.device)
         original(self, checkpoint_path, checkpoint, inference_only)
         if not inference_only:
             _catch_up(self)
@@ -141,19 +144,26 @@ def load_newest_good(original: Callable[..., None]) -> Callable[..., None]:
     return load_checkpoint
 
 
-def _agreed(path: str, device: torch.device) -> str:
-    """Path of the newest good checkpoint, the same on all ranks: the first one looks."""
-    found: list[str | InputError] = []
+def _choose(path: Path) -> str:
+    """Path of the newest good checkpoint, with a warning if it is not the newest."""
+    good, reason = newest_good(path)
+    if reason is not None:
+        logger.warning("%s cannot be read (%s): taking %s, the one before it", path, reason, good)
+    return str(good)
+
+
+def on_first_rank(look: Callable[[], T], device: torch.device) -> T:
+    """What one rank found out, on all of them.
+
+    Raises:
+        InputError: on all ranks, if it did there.
+    """
+    found: list[Any] = [None]
     if distutils.is_master():
         try:
-            good, reason = newest_good(Path(path))
-            if reason is not None:
-                line = "%s cannot be read (%s): taking %s, the one before it"
-                logger.warning(line, path, reason, good)
-            found = [str(good)]
+            found = [look()]
         except InputError as error:
             found = [error]
-    found = found or [""]
     distutils.broadcast_object_list(found, src=0, device=device)
     if isinstance(found[0], InputError):
         raise found[0]
