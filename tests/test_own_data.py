@@ -185,7 +185,11 @@ def test_a_config_from_a_checkpoint_is_named(trained, run, folder):
     times = text["optim"]["scheduler_params"]
     del times["epochs"], times["lr"]
     (folder / "mended.yml").write_text(yaml.safe_dump(text))
-    mended = ["--trainer=equiformerv2_forces", "--optim.scheduler_params.warmup_epochs=0.1"]
+    mended = [
+        "--timestamp-id=mended",
+        "--trainer=equiformerv2_forces",
+        "--optim.scheduler_params.warmup_epochs=0.1",
+    ]
     assert run(*mended, config="mended.yml")[0] == 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from glob import glob
+from importlib.util import find_spec
 from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from fairchem.core.common.utils import create_dict_from_args, load_config, merge
 from fairchem.core.datasets.lmdb_dataset import LmdbDataset
 
 from fairchem_equiformer.errors import InputError
-from fairchem_equiformer.fairchem1 import saving
+from fairchem_equiformer.fairchem1 import lmdb_files, saving
 from fairchem_equiformer.fairchem1.names import (
     AUXILIARY_TASK_TRAINER,
     NOISY_NODES_LMDB,
@@ -237,6 +238,7 @@ def _check_data(file: Path, splits: dict[str, Config], mode: str) -> None:
         hint = f"set it there or by --{key}=PATH"
         if split.get("src") and todays_name(split.get("format", "lmdb")) in LMDB_FORMATS:
             _check_lmdb(f"{file}: {key}", split["src"], hint)
+            _check_lmdb_files(f"{file}: {key}", split)
         elif split.get("src") and split.get("format") == "ase_db":
             _check_ase_db(f"{file}: {key}", split["src"], hint)
     for key, path in _statistics_files(splits["train"]):
@@ -262,6 +264,20 @@ def _check_lmdb(where: str, src: str | list[str], hint: str) -> None:
     raise InputError(f"{where}: {problem}. {_where_to_get(path)}If the data lie elsewhere, {hint}")
 
 
+def _check_lmdb_files(where: str, split: Config) -> None:
+    """The files are whole, and as many as they say."""
+    src = split["src"] if isinstance(split["src"], str) else split["src"][0]
+    path = Path(src)
+    metadata = path / "metadata.npz" if path.is_dir() else path.with_name("metadata.npz")
+    if split.get("metadata_path"):
+        metadata = Path(split["metadata_path"])
+    files = sorted(path.glob("*.lmdb")) if path.is_dir() else [path]
+    try:
+        lmdb_files.check(files, None if "total_shards" in split else metadata)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
 def _check_ase_db(where: str, src: str | list[str], hint: str) -> None:
     """Files, folders, patterns of files, or addresses of database servers."""
     for name in [src] if isinstance(src, str) else src:
@@ -270,6 +286,11 @@ def _check_ase_db(where: str, src: str | list[str], hint: str) -> None:
                 f"{where}: no such database: {name} (looked from {Path.cwd()}). Make it with "
                 f"ase.db, or download OMat24 from https://huggingface.co/datasets/fairchem/OMAT24. "
                 f"If the data lie elsewhere, {hint}"
+            )
+        if name.endswith(".aselmdb") and find_spec("ase_db_backends") is None:
+            raise InputError(
+                f"{where}: {name}: the format .aselmdb needs a package that is not installed: "
+                "pip install ase-db-backends"
             )
 
 
