@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -329,3 +330,60 @@ def test_fewer_gpus_than_asked_for(fairchem, tiny_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert fairchem(tiny_config, device=("--num-gpus", 2)) == (0, "")
     assert_one_line(fairchem(tiny_config, device=("--num-gpus", 4)), "--num-gpus 4", "2")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("--optim.clip_grad_nrom=1", ("optim.clip_grad_nrom", "clip_grad_norm?")),
+        ("--optim.batchsize=4", ("optim.batchsize", "batch_size?")),
+        ("--optim.lr_inital=0.1", ("optim.lr_inital", "lr_initial?")),
+        ("--optm.batch_size=4", ("key optm", "optim?")),
+        ("--output.energy.level=system", ("key output ", "outputs?")),
+        ("--dataset.train.formt=lmdb", ("dataset.train.formt", "format?")),
+        ("--optim.scheduler_params.warmup_epoch=1", ("warmup_epoch ", "warmup_epochs?")),
+        ("--optim.optimizer=AdamWW", ("optim.optimizer", "AdamWW", "AdamW?")),
+        ("--optim.optimizer_params.weightdecay=1", ("weightdecay", "weight_decay?")),
+        ("--optim.scheduler=LambdaRL", ("optim.scheduler", "LambdaRL", "LambdaLR?")),
+        ("--trainer=equiformerv2_force", ("trainer", "equiformerv2_forces?")),
+        ("--trainer=nowhere.Trainer", ("trainer", "nowhere.Trainer", "import")),
+        ("--dataset.train.format=lmbd", ("dataset.train.format", "lmbd", "lmdb?")),
+        ("--model.name=equiformer_v3", ("model.name", "equiformer_v3", "equiformer_v2?")),
+        ("--optim.nonfinite=ignore", ("optim.nonfinite", "stop, skip, fairchem")),
+    ],
+)
+def test_a_typo_is_named_with_what_it_may_mean(fairchem, tiny_config, tmp_path, override, parts):
+    assert_one_line(fairchem(tiny_config, override), tmp_path / "config.yml", *parts)
+
+
+def test_a_typo_in_a_loss_or_metric(fairchem, tiny_config):
+    tiny_config["evaluation_metrics"]["metrics"]["forces"] = ["mae", "cosine_similarty"]
+    assert_one_line(fairchem(tiny_config), "metrics.forces", "cosine_similarity?")
+    tiny_config["evaluation_metrics"]["metrics"]["forces"] = ["mae"]
+    tiny_config["loss_functions"][1]["forces"]["fn"] = "l2mea"
+    assert_one_line(fairchem(tiny_config), "loss_functions.forces.fn", "l2mae?")
+
+
+@pytest.mark.parametrize("section", ["optim", "model", "dataset"])
+def test_a_misspelt_section_is_not_called_missing(fairchem, tiny_config, section):
+    tiny_config[section + section[-1]] = tiny_config.pop(section)
+    assert_one_line(fairchem(tiny_config), f"key {section}{section[-1]} ", f"{section}?")
+
+
+def test_a_key_like_no_other_gets_a_warning(fairchem, tiny_config, caplog):
+    assert fairchem(tiny_config, "--optim.my_own_idea=1") == (0, "")
+    assert "optim.my_own_idea" in caplog.text
+
+
+def test_a_folder_as_checkpoint(fairchem, tiny_config, tmp_path):
+    result = fairchem(tiny_config, "--checkpoint", tmp_path)
+    assert_one_line(result, tmp_path, "is a folder", "best_checkpoint.pt")
+
+
+def test_a_run_dir_that_cannot_be_written(fairchem, tiny_config, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.touch()
+    assert_one_line(fairchem(tiny_config, "--run-dir", path), "--run-dir", path, "is a file")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    result = fairchem(tiny_config, "--run-dir", tmp_path / "new" / "run")
+    assert_one_line(result, "--run-dir", tmp_path, "nothing can be written")

@@ -8,6 +8,7 @@ and what to do.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from glob import glob
 from importlib.util import find_spec
@@ -24,7 +25,8 @@ from fairchem.core.common.utils import create_dict_from_args, load_config, merge
 from fairchem.core.datasets.lmdb_dataset import LmdbDataset
 
 from fairchem_equiformer.errors import InputError
-from fairchem_equiformer.fairchem1 import lmdb_files, saving
+from fairchem_equiformer.fairchem1 import known, lmdb_files, saving
+from fairchem_equiformer.fairchem1.guard import policy_of
 from fairchem_equiformer.fairchem1.names import (
     AUXILIARY_TASK_TRAINER,
     NOISY_NODES_LMDB,
@@ -34,7 +36,7 @@ from fairchem_equiformer.fairchem1.names import (
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +82,13 @@ def check(args: Namespace, overrides: list[str]) -> None:
         )
     if args.sweep_yml is not None:
         _require_file("--sweep-yml", args.sweep_yml)
+    _check_run_dir(Path(args.run_dir))
     config = read_config(args.config_yml, overrides)
+    _check_spelling(args.config_yml, config)
     _check_sections(args.config_yml, config)
     if "multitask" in config.get("trainer", ""):
         return  # its data stand elsewhere in the config
+    _check_names(args.config_yml, config)
     _check_start(args.config_yml, config["model"])
     _check_losses(args.config_yml, config)
     _check_schedule(args.config_yml, config, args.mode)
@@ -134,6 +139,34 @@ def read_config(path: Path, overrides: list[str]) -> Config:
 def _require_file(option: str, path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{option}: no such file: {path} (looked from {Path.cwd()})")
+
+
+def _check_run_dir(path: Path) -> None:
+    """Checkpoints, results and logs can be written there."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--run-dir: {path} is a file, and a folder is needed")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--run-dir: nothing can be written in {there}; take another folder")
+
+
+def _check_spelling(file: Path, config: Config) -> None:
+    """Sections that nobody reads, before what is missing is looked for under its right name."""
+    if "multitask" not in str(config.get("trainer", "")):
+        _naming(file, known.check_sections, config)
+
+
+def _check_names(file: Path, config: Config) -> None:
+    """Keys and names within the sections are known."""
+    _naming(file, known.check, config)
+    _naming(file, policy_of, config["optim"])
+
+
+def _naming(file: Path, check: Callable[..., object], *args: object) -> None:
+    try:
+        check(*args)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def _check_sections(file: Path, config: Config) -> None:
