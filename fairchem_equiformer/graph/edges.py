@@ -35,7 +35,8 @@ def prepare_edges(
         max_edges = edges_per_chunk(layout, channels, dtype, graph.vector.device)
     rows = slice(0, graph.num_nodes) if share is None else share.rows
     pointers = graph.target_ptr[rows.start : rows.stop + 1]
-    kept = slice(int(pointers[0]), int(pointers[-1]))
+    on_host = pointers.cpu()  # the one time that the host waits for a GPU here
+    kept = slice(int(on_host[0]), int(on_host[-1]))
     pointers = pointers - pointers[0]
     source, target = graph.source[kept], graph.target[kept]
     scalars = EdgeScalars(
@@ -49,7 +50,7 @@ def prepare_edges(
         layout=layout,
         rotations=edge_rotations(graph.vector[kept], layout, dtype),
         vector=graph.vector[kept],
-        chunks=target_chunks(pointers, max_edges, rows.start),
+        chunks=target_chunks(on_host - on_host[0], max_edges, rows.start),
         rows=rows,
         batch=graph.batch[rows],
         num_graphs=graph.num_graphs,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops.segments import take
 from fairchem_equiformer.so3.layout import degree_slices, layout
 
 _EPSILON = 1e-5
@@ -18,7 +19,8 @@ _EPSILON = 1e-5
 @cache
 def _degree_of_coefficient(lmax: int, device: torch.device) -> Tensor:
     degrees = [degree for degree, _ in layout(lmax, lmax).l_major]
-    return torch.tensor(degrees, device=device)
+    with torch.inference_mode(mode=False):  # it outlives the mode that it is made in
+        return torch.tensor(degrees, device=device)
 
 
 def _mean_square_by_degree(x: Tensor, lmax: int, lmin: int = 0) -> Tensor:
@@ -36,8 +38,8 @@ def _center(x: Tensor) -> Tensor:
 def _scaled(x: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, lmax: int) -> Tensor:
     """x * inverse_std * weight[l], plus a bias on l = 0; inverse_std is [N, lmax + 1] or [N, 1]."""
     degree = _degree_of_coefficient(lmax, x.device)
-    spread = inverse_std.index_select(1, degree) if inverse_std.shape[1] > 1 else inverse_std
-    y = x * spread[:, :, None] * weight.index_select(0, degree)
+    spread = take(inverse_std, 1, degree) if inverse_std.shape[1] > 1 else inverse_std
+    y = x * spread[:, :, None] * take(weight, 0, degree)
     return torch.cat([y[:, :1] + bias, y[:, 1:]], dim=1)
 
 
@@ -116,7 +118,7 @@ class SeparableLayerNorm(_Norm):
         mean_square = _mean_square_by_degree(x, self.lmax, lmin=1).mean(dim=1, keepdim=True)
         inverse_std = (mean_square + _EPSILON).rsqrt()  # [N, 1]
         degree = _degree_of_coefficient(self.lmax, x.device)[1:] - 1
-        vectors = x[:, 1:] * inverse_std[:, :, None] * self.affine_weight.index_select(0, degree)
+        vectors = x[:, 1:] * inverse_std[:, :, None] * take(self.affine_weight, 0, degree)
         return torch.cat([scalars, vectors], dim=1)
 
 

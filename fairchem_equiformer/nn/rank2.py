@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.nn.recompute import recomputed
-from fairchem_equiformer.ops.segments import Chunk, segment_sum
+from fairchem_equiformer.ops.segments import Chunk, segment_sum, take
 
 if TYPE_CHECKING:
     from fairchem_equiformer.ops.edges import Edges
@@ -116,7 +116,8 @@ class Rank2Readout(nn.Module):
         messages = self._messages(x, vector, edges.source[chunk.edges], target)
         num_nodes = chunk.nodes.stop - chunk.nodes.start
         segment = target - chunk.nodes.start
-        count = torch.bincount(segment, minlength=num_nodes).clamp(min=1)[:, None, None]
+        pointers = edges.target_ptr[chunk.rows.start : chunk.rows.stop + 1]
+        count = pointers.diff().clamp(min=1)[:, None, None]
 
         def mean(values: Tensor) -> Tensor:
             return segment_sum(values, segment, num_nodes) / count
@@ -133,6 +134,6 @@ class Rank2Readout(nn.Module):
         harmonics = o3.spherical_harmonics(self.degrees, vector, normalize=False)
         factors = self.sphharm_norm(harmonics[:, :, None]).transpose(1, 2)  # [e, 1, K]
         ends = (source, target) if self.both_ends else (target,)
-        read = [torch.bmm(factors, x.index_select(0, end))[:, 0] for end in ends]
+        read = [torch.bmm(factors, take(x, 0, end))[:, 0] for end in ends]
         messages: Tensor = self.xedge_layer_norm(torch.cat(read, dim=1))
         return messages

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fairchem_equiformer.ops.edges import ChunkFrames
+from fairchem_equiformer.ops.edges import ChunkFrames, truncation_rescale
 from fairchem_equiformer.ops.native import aggregate_kernels
 from fairchem_equiformer.ops.rotate import rotate_back_and_sum, rotate_back_and_sum_backward
 from fairchem_equiformer.so3.layout import Layout
@@ -26,7 +26,7 @@ def aggregate(values: Tensor, alpha: Tensor, frames: ChunkFrames, layout: Layout
     Returns:
         [n, K, heads v].
     """
-    rescale = alpha.new_tensor(layout.truncation_rescale)
+    rescale = truncation_rescale(layout, alpha.dtype, alpha.device)
     kernels = aggregate_kernels(values, alpha, frames.layout, layout)
     if kernels is not None:
         return kernels.forward(frames.compact, values, alpha, rescale, frames.target_ptr)
@@ -46,7 +46,7 @@ def aggregate_backward(
     Returns:
         Of the values [e, S, heads, v] and of alpha [e, heads].
     """
-    rescale = alpha.new_tensor(layout.truncation_rescale)
+    rescale = truncation_rescale(layout, alpha.dtype, alpha.device)
     kernels = aggregate_kernels(values, alpha, frames.layout, layout)
     if kernels is not None:
         rescaled = grad * rescale[:, None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops.edges import Edges, chunk_frames
+from fairchem_equiformer.ops.edges import Edges, chunk_frames, truncation_rescale
 from fairchem_equiformer.ops.radial import (
     Basis,
     RadialGradient,
@@ -31,7 +31,7 @@ def _embed(edges: Edges, chunk: Chunk, basis: Basis, tables: RadialTables) -> Te
     num_degrees = edges.layout.num_degrees(0)
     radial = radial_function(edges.scalars.select(chunk.edges), tables, basis)
     messages = radial.view(len(radial), num_degrees, radial.shape[1] // num_degrees)
-    rescale = messages.new_tensor(edges.layout.truncation_rescale)
+    rescale = truncation_rescale(edges.layout, messages.dtype, messages.device)
     return rotate_back_and_sum(messages, frames, rescale, frames.rotation[:, :num_degrees])  # m = 0
 
 

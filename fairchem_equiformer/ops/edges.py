@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -91,9 +91,23 @@ class ChunkFrames:
         """The rows and columns of fewer degrees and orders."""
         if wanted == self.layout:
             return self.rotation
-        rows = [self.layout.m_major.index(row) for row in wanted.m_major]
+        rows = _rows_of(self.layout, wanted, self.rotation.device)
         columns = slice(wanted.lmin**2, (wanted.lmax + 1) ** 2)
-        return self.rotation[:, rows][:, :, columns]
+        return self.rotation.index_select(1, rows)[:, :, columns]
+
+
+@cache
+def _rows_of(layout: Layout, wanted: Layout, device: torch.device) -> Tensor:
+    """Where the rows of one layout stand among those of another."""
+    with torch.inference_mode(mode=False):  # it outlives the mode that it is made in
+        return torch.tensor([layout.m_major.index(row) for row in wanted.m_major], device=device)
+
+
+@cache
+def truncation_rescale(layout: Layout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The layout's factors [K] for the orders left out, made once for each device."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(layout.truncation_rescale, dtype=dtype, device=device)
 
 
 def chunk_frames(edges: Edges, chunk: Chunk) -> ChunkFrames:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairchem_equiformer.ops.segments import take
 
-def gate_activation(x: Tensor, gates: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+Rows = tuple[tuple[int, int], ...]
+
+
+@cache
+def _gate_of_row(rows: Rows, device: torch.device) -> Tensor:
+    """Which gate each row but the first is multiplied with."""
+    with torch.inference_mode(mode=False):  # it outlives the mode that it is made in
+        return torch.tensor([degree - 1 for degree, _ in rows[1:]], device=device)
+
+
+def gate_activation(x: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     """SiLU on l = 0, times sigmoid(gate of l) on l > 0.
 
     Args:
@@ -20,6 +31,6 @@ def gate_activation(x: Tensor, gates: Tensor, rows: Sequence[tuple[int, int]]) -
     Returns:
         [B, R, C].
     """
-    degree = torch.tensor([degree for degree, _ in rows[1:]], device=x.device)
-    factors = torch.sigmoid(gates).unflatten(1, (-1, x.shape[2])).index_select(1, degree - 1)
+    factors = torch.sigmoid(gates).unflatten(1, (-1, x.shape[2]))
+    factors = take(factors, 1, _gate_of_row(rows, x.device))
     return torch.cat([F.silu(x[:, :1]), x[:, 1:] * factors], dim=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fairchem_equiformer.ops.edges import ChunkFrames
-from fairchem_equiformer.ops.segments import segment_sum
+from fairchem_equiformer.ops.segments import add_rows, segment_sum
 from fairchem_equiformer.so3.layout import Layout
 
 
@@ -36,7 +36,7 @@ def add_to_ends(
     source_grad: Tensor, target_grad: Tensor, frames: ChunkFrames, x_grad: Tensor
 ) -> None:
     """Add each edge's [e, K, C] to its source's and to its target's row of [N, K, C]."""
-    x_grad.index_add_(0, frames.source, source_grad)
+    add_rows(x_grad, frames.source, source_grad)
     x_grad[frames.nodes] += segment_sum(target_grad, frames.target, frames.num_nodes)
 
 

@@ -57,12 +57,35 @@ def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
         [S, ...].
     """
     flat = values.reshape(len(values), math.prod(values.shape[1:]))
-    if values.is_cuda and len(values):  # index_add_ uses atomics there, in no fixed order
-        lengths = torch.bincount(segment, minlength=num_segments)
-        total = torch.segment_reduce(flat, "sum", lengths=lengths)
+    if values.is_cuda and flat.numel():  # index_add_ uses atomics there, in no fixed order
+        bounds = torch.arange(num_segments + 1, device=segment.device)
+        offsets = torch.searchsorted(segment.contiguous(), bounds)
+        # The check that "unsafe" leaves out would make the host wait.
+        total = torch.segment_reduce(flat, "sum", offsets=offsets, unsafe=True)
     else:
         total = flat.new_zeros(num_segments, flat.shape[1]).index_add_(0, segment, flat)
     return total.view(num_segments, *values.shape[1:])
+
+
+def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """``x.index_select(dim, index)``, with a gradient that has the same bits at every call.
+
+    That of index_select is summed by atomics on a GPU, that of indexing in the order of the index.
+    """
+    if not x.is_cuda:
+        return x.index_select(dim, index)
+    return x[(slice(None),) * dim + (index,)]
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows [E, ...] to those of ``total`` [N, ...] that the index [E] names, in place.
+
+    The same bits at every call: a GPU sorts the index where index_add_ would use atomics.
+    """
+    if total.is_cuda:
+        total.index_put_((index,), rows, accumulate=True)
+    else:
+        total.index_add_(0, index, rows)
 
 
 def segment_softmax(logits: Tensor, segment: Tensor, num_segments: int) -> Tensor:

@@ -65,6 +65,10 @@ def _beta_harmonics(degree: int, lmax: int) -> Tensor:
     return coefficients
 
 
+# Edges at a time, about 10 kB each: what a processor's cache holds, or enough to fill a GPU.
+_CPU_PIECE, _CUDA_PIECE = 4096, 32768
+
+
 @cache
 def _tables(layout: Layout, device: torch.device) -> _Tables:
     harmonics: list[Tensor] = []
@@ -109,7 +113,7 @@ def edge_rotations(vector: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor
     tables = _tables(layout, vector.device)
     frequencies = torch.arange(layout.lmax + 1, dtype=torch.float64, device=vector.device)
     compact = vector.new_empty(len(vector), len(tables.order), dtype=dtype)
-    piece = 4096
+    piece = _CPU_PIECE if vector.device.type == "cpu" else _CUDA_PIECE
     for start in range(0, len(vector), piece):
         alpha, beta = edge_angles(vector[start : start + piece])
         multiples = beta[:, None] * frequencies

@@ -1,0 +1,162 @@
+"""What PyTorch would do on a GPU, seen without one.
+
+Tensors without numbers, which say that they are on a GPU, go through the model forward and back:
+whatever would make the host wait for their numbers raises.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairchem_equiformer import EquiformerV2
+from fairchem_equiformer.graph.build import build_graph
+from fairchem_equiformer.graph.edges import prepare_edges
+from fairchem_equiformer.models.backbone import Embedding
+from fairchem_equiformer.models.readouts import forces, sum_energy
+from fairchem_equiformer.nn import norm
+from fairchem_equiformer.nn.edge_inputs import EdgeInputs
+from fairchem_equiformer.ops import edges as edges_module
+from fairchem_equiformer.ops import gate
+from fairchem_equiformer.ops.segments import add_rows, segment_sum, take
+from fairchem_equiformer.so3 import grid, wigner
+from tests.models import KEYS
+from tests.structures import three_slabs
+from tests.tolerances import assert_close
+
+CACHES = (
+    *(norm._degree_of_coefficient, gate._gate_of_row, edges_module._rows_of, edges_module.truncation_rescale),
+    *(grid.grid, wigner._tables),
+)
+OPTIONS = {
+    "separable grid MLP": {},
+    "gate": {"use_gate_act": True, "use_grid_mlp": False, "norm_type": "rms_norm_sh"},
+    "S2": {"use_sep_s2_act": False, "use_grid_mlp": False, "norm_type": "layer_norm"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _pretended_tables_are_forgotten():
+    yield
+    for cache in CACHES:
+        cache.cache_clear()
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses tensors made of Python's numbers: a copy to the device, for which the host waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.lift_fresh.default:  # a single number is the kernel's argument
+            assert args[0].ndim == 0, "a tensor made of Python's numbers"
+        return func(*args, **(kwargs or {}))
+
+
+def moved(thing, move):
+    """A dataclass or a tuple with all of its tensors moved."""
+    if isinstance(thing, torch.Tensor):
+        return move(thing)
+    if is_dataclass(thing):
+        return replace(
+            thing, **{f.name: moved(getattr(thing, f.name), move) for f in fields(thing)}
+        )
+    if isinstance(thing, tuple):
+        parts = [moved(part, move) for part in thing]
+        return type(thing)(*parts) if hasattr(thing, "_fields") else tuple(parts)
+    return thing
+
+
+def prepared(dtype, **changes):
+    """A model, and the edges of a batch in several chunks."""
+    model = EquiformerV2(**{**KEYS, "num_layers": 1, **changes}).eval().to(dtype)
+    graph = build_graph(three_slabs(), model.config.graph(otf=True))
+    channels = model.config.sphere_channels
+    edges = prepare_edges(
+        graph, model.config.layout, channels, dtype, max_edges=2 * graph.num_edges // 3
+    )
+    assert len(edges.chunks) == 2
+    return model, graph, edges
+
+
+def run(model, graph, edges):
+    """All of the model after the search for neighbours."""
+    inputs = EdgeInputs(edges, model.distance_expansion.basis())
+    x = model.edge_degree_embedding(inputs)
+    for block in model.blocks:
+        x = block(x, inputs)
+    embedding = Embedding(model.norm(x), graph, inputs)
+    return sum_energy(model.energy_block, embedding), forces(model.force_block, embedding)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Gives a function that takes from a tensor its numbers."""
+    monkeypatch.setattr(FakeTensor, "is_cuda", True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # the tables that there are already
+    with mode:
+        yield lambda tensor: torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, requires_grad=tensor.requires_grad
+        )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_host_does_not_wait_for_a_gpu(options, pretended):
+    with no_dispatch():
+        model, graph, edges = prepared(torch.float64, **options)
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            held.update({key: pretended(value) for key, value in held.items() if value is not None})
+    graph, edges = moved(graph, pretended), moved(edges, pretended)
+    for guard in (nullcontext(), NothingFromTheHost()):  # the first time makes the tables
+        with guard:
+            energy, force = run(model, graph, edges)
+            (energy.sum() + force.sum()).backward()
+    assert energy.shape == (3,)
+    untouched = {name for name, p in model.named_parameters() if p.grad is None}
+    assert untouched == {"sphere_embedding.weight"}  # nothing else was left out
+
+
+def test_a_wait_is_noticed(pretended):
+    x = pretended(torch.ones(3))
+    with pytest.raises(DataDependentOutputException):
+        x.sum().item()
+    for make in (lambda: x[[0, 2]], lambda: x.new_tensor([1.0]), lambda: torch.tensor([1, 2])):
+        with NothingFromTheHost(), pytest.raises(AssertionError, match="Python's numbers"):
+            make()
+
+
+class PretendedCuda(torch.Tensor):
+    """A tensor of the host that takes the way of one on a GPU."""
+
+    @property
+    def is_cuda(self):
+        return True
+
+
+@pytest.mark.parametrize("segments", [[], [2, 2, 4], [0, 0, 1, 5, 5]])
+def test_sums_by_the_way_that_a_gpu_takes(segments):
+    segment = torch.tensor(segments, dtype=torch.int64)
+    values = torch.randn(len(segments), 3, 2)
+    expected = segment_sum(values, segment, 6)
+    assert_close(segment_sum(values.as_subclass(PretendedCuda), segment, 6), expected, "segments")
+    total = torch.ones(6, 3, 2)
+    add_rows(total.as_subclass(PretendedCuda), segment, values)
+    assert_close(total - 1, expected, "segments")
+
+
+def test_taking_by_the_way_that_a_gpu_takes():
+    x, index = torch.randn(4, 3, 2, requires_grad=True), torch.tensor([0, 2, 2])
+    for dim in (0, 1):
+        expected, found = take(x, dim, index), take(x.as_subclass(PretendedCuda), dim, index)
+        assert torch.equal(found, expected)
+        wanted, got = (torch.autograd.grad(y.square().sum(), x)[0] for y in (expected, found))
+        assert_close(got, wanted, "segments")
