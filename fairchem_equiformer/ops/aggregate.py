@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fairchem_equiformer.ops import native, triton
 from fairchem_equiformer.ops.edges import ChunkFrames, truncation_rescale
-from fairchem_equiformer.ops.native import aggregate_kernels
 from fairchem_equiformer.ops.rotate import rotate_back_and_sum, rotate_back_and_sum_backward
 from fairchem_equiformer.so3.layout import Layout
 
@@ -26,8 +26,11 @@ def aggregate(values: Tensor, alpha: Tensor, frames: ChunkFrames, layout: Layout
     Returns:
         [n, K, heads v].
     """
+    on_gpu = triton.aggregate_kernels(values, alpha, frames.layout, layout)
+    if on_gpu is not None:
+        return on_gpu.forward(frames.compact, values, alpha, frames.target_ptr)
     rescale = truncation_rescale(layout, alpha.dtype, alpha.device)
-    kernels = aggregate_kernels(values, alpha, frames.layout, layout)
+    kernels = native.aggregate_kernels(values, alpha, frames.layout, layout)
     if kernels is not None:
         return kernels.forward(frames.compact, values, alpha, rescale, frames.target_ptr)
     weighted = _weighted(values, alpha)
@@ -46,8 +49,11 @@ def aggregate_backward(
     Returns:
         Of the values [e, S, heads, v] and of alpha [e, heads].
     """
+    on_gpu = triton.aggregate_kernels(values, alpha, frames.layout, layout)
+    if on_gpu is not None:
+        return on_gpu.backward(frames.compact, grad, frames.target, values, alpha)
     rescale = truncation_rescale(layout, alpha.dtype, alpha.device)
-    kernels = aggregate_kernels(values, alpha, frames.layout, layout)
+    kernels = native.aggregate_kernels(values, alpha, frames.layout, layout)
     if kernels is not None:
         rescaled = grad * rescale[:, None]
         return kernels.backward(frames.compact, rescaled, frames.target, values, alpha)

@@ -6,16 +6,19 @@ alpha = softmax over the edges of a target of z
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops import native, triton
 from fairchem_equiformer.ops.edges import ChunkFrames
-from fairchem_equiformer.ops.native import LogitKernels, logit_kernels, softmax_kernels
 from fairchem_equiformer.ops.segments import segment_softmax, segment_sum
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.ops.triton.attention import LogitKernels as TritonLogitKernels
 
 _EPSILON = 1e-5  # of the layer norm
 
@@ -26,7 +29,7 @@ class _AttentionLogits(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: LogitKernels,
+        kernels: native.LogitKernels | TritonLogitKernels,
         scalars: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -67,7 +70,8 @@ def attention_logits(scalars: Tensor, norm: tuple[Tensor, Tensor] | None, dot: T
     """
     s = scalars.to(dot.dtype)
     weight, bias = norm or (None, None)
-    kernels = logit_kernels(s, norm, dot, _EPSILON)
+    arguments = s, norm, dot, _EPSILON
+    kernels = triton.logit_kernels(*arguments) or native.logit_kernels(*arguments)
     if kernels is not None:
         logits: Tensor = _AttentionLogits.apply(kernels, s, weight, bias, dot)
         return logits
@@ -87,7 +91,7 @@ def attention_softmax(logits: Tensor, frames: ChunkFrames) -> Tensor:
     Returns:
         [e, heads].
     """
-    kernels = softmax_kernels(logits)
+    kernels = triton.softmax_kernels(logits) or native.softmax_kernels(logits)
     if kernels is not None:
         return kernels.forward(logits, frames.target_ptr)
     return segment_softmax(logits, frames.target, frames.num_nodes)
@@ -95,7 +99,7 @@ def attention_softmax(logits: Tensor, frames: ChunkFrames) -> Tensor:
 
 def attention_softmax_backward(alpha: Tensor, grad: Tensor, frames: ChunkFrames) -> Tensor:
     """Gradient of :func:`attention_softmax`'s logits, given its result and that one's gradient."""
-    kernels = softmax_kernels(alpha)
+    kernels = triton.softmax_kernels(alpha) or native.softmax_kernels(alpha)
     if kernels is not None:
         return kernels.backward(alpha, grad, frames.target_ptr)
     flow = alpha * grad

@@ -148,12 +148,13 @@ class _Layer:
     def message(self, x: Tensor, chunk: Chunk, radial: Tensor) -> tuple[Tensor, Message]:
         """Input of the first SO(2) layer [e, R 2 C], and what it was made of."""
         frames, by_degree = chunk_frames(self.edges, chunk), self.spec.radial_by_degree
-        scaled, sent = message(x, frames, radial, self.edges.layout, by_degree=by_degree)
-        return scaled.flatten(1).to(self.dtype), sent
+        layout = self.edges.layout
+        scaled, sent = message(x, frames, radial, layout, by_degree=by_degree, dtype=self.dtype)
+        return scaled.flatten(1), sent
 
     def message_backward(self, grad: Tensor, sent: Message, x: Tensor, x_grad: Tensor) -> Tensor:
         layout, by_degree = self.edges.layout, self.spec.radial_by_degree
-        grad = grad.to(x.dtype).view(len(grad), layout.num_rows, 2 * x.shape[2])
+        grad = grad.view(len(grad), layout.num_rows, 2 * x.shape[2])
         return message_backward(grad, sent, x, x_grad, layout, by_degree=by_degree)
 
     def by_head(self, values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 import torch
@@ -50,6 +50,8 @@ class Edges:
     batch: Tensor  # [rows], structure of each of them
     num_graphs: int
     share: NodeShare | None = None  # None where all atoms are computed here
+    # Edges of a chunk sorted by source, made when first asked for.
+    sorted_by_source: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @property
     def num_edges(self) -> int:
@@ -76,11 +78,26 @@ class ChunkFrames:
     target: Tensor  # [e], atom in the chunk
     target_ptr: Tensor  # [n + 1], edges of the i-th target are target_ptr[i]:target_ptr[i + 1]
     nodes: slice  # target atoms in the batch
+    sorted_by_source: tuple[int, dict[int, tuple[Tensor, Tensor]]]  # where by_source() is kept
 
     @property
     def num_nodes(self) -> int:
         """Number of target atoms."""
         return int(self.nodes.stop - self.nodes.start)
+
+    def by_source(self, num_atoms: int) -> tuple[Tensor, Tensor]:
+        """The edges sorted by source, made once for all layers.
+
+        Returns:
+            order: [e], edges of the first atom, of the second, ...
+            pointers: [num_atoms + 1], where in that order the edges of each atom begin.
+        """
+        first_edge, known = self.sorted_by_source
+        if first_edge not in known:
+            source, order = torch.sort(self.source, stable=True)
+            atoms = torch.arange(num_atoms + 1, device=source.device)
+            known[first_edge] = order, torch.searchsorted(source, atoms)
+        return known[first_edge]
 
     @cached_property
     def rotation(self) -> Tensor:
@@ -119,6 +136,7 @@ def chunk_frames(edges: Edges, chunk: Chunk) -> ChunkFrames:
         target=edges.target[chunk.edges] - chunk.nodes.start,
         target_ptr=edges.target_ptr[chunk.rows.start : chunk.rows.stop + 1] - chunk.edges.start,
         nodes=chunk.nodes,
+        sorted_by_source=(chunk.edges.start, edges.sorted_by_source),
     )
 
 

@@ -10,15 +10,18 @@ compiled version holds one latitude of one item at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops.native import GridKernels, grid_kernels
+from fairchem_equiformer.ops import native, triton
 from fairchem_equiformer.so3.grid import Grid
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.ops.triton.grid import GridKernels as TritonGridKernels
 
 _CPU_GRID_BYTES = 3 * 2**20  # of one piece; about the second-level cache of the cores that share it
 _CUDA_GRID_BYTES = 256 * 2**20
@@ -43,7 +46,7 @@ def project(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 class _S2Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor | None, grid: Grid) -> Tensor:
-        kernels = grid_kernels(grid, x)
+        kernels = triton.grid_kernels(grid, x) or native.grid_kernels(grid, x)
         ctx.grid, ctx.kernels = grid, kernels
         ctx.save_for_backward(x, gates)
         num_scalars = 0 if gates is None else 1
@@ -69,7 +72,9 @@ class _S2Activation(torch.autograd.Function):
         return _backward(x, grad[:, 1:], grid, kernels), gates_grad, None
 
 
-def _backward(x: Tensor, grad: Tensor, grid: Grid, kernels: GridKernels | None) -> Tensor:
+def _backward(
+    x: Tensor, grad: Tensor, grid: Grid, kernels: native.GridKernels | TritonGridKernels | None
+) -> Tensor:
     if kernels is not None:
         return kernels.activation_backward(x, grad)
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)

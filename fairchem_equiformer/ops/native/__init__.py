@@ -1,9 +1,8 @@
 """Compiled versions of the ops that matrix products do not cover, for float32 on a CPU.
 
 They compute what the reference beside each call computes, without its passes over memory. The
-library is built with the package (setup.py); without it, and for every other dtype and device, the
-ops run their reference. The variable ``FAIRCHEM_EQUIFORMER_KERNELS`` decides otherwise:
-``reference`` never uses the library, ``native`` refuses to run without it, ``auto`` is the default.
+library is built with the package (setup.py); without it, and for every other dtype, the ops run
+their reference. The variable ``FAIRCHEM_EQUIFORMER_KERNELS`` decides otherwise (ops/choice.py).
 """
 
 from fairchem_equiformer.ops.native.aggregate import aggregate_kernels

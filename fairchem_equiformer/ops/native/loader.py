@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fairchem_equiformer.ops.choice import VARIABLE, chosen
 from fairchem_equiformer.ops.native.interface import declare
 from fairchem_equiformer.ops.native.sources import fingerprint
 
 logger = logging.getLogger(__name__)
-
-VARIABLE = "FAIRCHEM_EQUIFORMER_KERNELS"
-CHOICES = ("auto", "reference", "native")
 
 
 @cache
@@ -28,11 +25,11 @@ def library() -> ctypes.CDLL | None:
         None where the reference runs; the log says why, unless it was asked for.
 
     Raises:
-        ValueError: for another value of the variable than those above.
+        ValueError: for a value of the variable that there is not (ops/choice.py).
         RuntimeError: if ``native`` was asked for and the library cannot be used.
     """
-    choice = _choice()
-    if choice == "reference":
+    choice = chosen()
+    if choice in ("reference", "triton"):
         return None
     try:
         return _load(_file())
@@ -48,26 +45,15 @@ def status() -> str:
     """Which kernels run on the CPU, and where these are not the compiled ones, why."""
     path = _file()
     try:
-        if _choice() == "reference":
-            return f"PyTorch's, as {VARIABLE}=reference asks"
+        choice = chosen()
+        if choice in ("reference", "triton"):
+            return f"PyTorch's, as {VARIABLE}={choice} asks"
         _load(path)
     except ValueError as error:
         return f"none: {error}"
     except OSError as error:
         return f"PyTorch's, slower with the same numbers: {error}"
     return f"compiled ({path})"
-
-
-def _choice() -> str:
-    """What the variable asks for.
-
-    Raises:
-        ValueError: for another value than those above.
-    """
-    choice = os.environ.get(VARIABLE, "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"{VARIABLE} is {choice!r}, it must be {', '.join(CHOICES)}")
-    return choice
 
 
 def _load(path: Path) -> ctypes.CDLL:

@@ -1,0 +1,186 @@
+"""S2 activation, G^-1 SiLU(G x), with the grid in registers alone.
+
+Coefficients of all items and channels stand side by side as columns. A program takes some columns
+through the whole grid, a block of points at a time: one small product to the points, SiLU, and one
+back. Points and coefficients are filled up with zeros to what tensor cores take: SiLU(0) is 0.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fairchem_equiformer.so3.grid import Grid
+
+BLOCK_P = 32  # points at a time
+_LEAST = 16  # of each side of a product
+_COLUMNS = 128
+
+
+@triton.jit
+def s2_forward(
+    out,  # [B, S, C], items may lie apart
+    x,  # [B, R, C], items may lie apart
+    to_grid,  # [points, BLOCK_R], filled up
+    from_grid,  # [points, BLOCK_S], filled up
+    columns,  # B C
+    channels,
+    num_in,  # R
+    num_out,  # S
+    x_stride,
+    out_stride,
+    POINTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y = G^-1 SiLU(G x), for some columns."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    item, c = column // channels, column % channels
+    p, r, s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
+    inside = (r < num_in)[:, None] & (column < columns)[None, :]
+    coefficients = tl.load(
+        x + (item * x_stride + c)[None, :] + r[:, None] * channels, mask=inside, other=0.0
+    )
+    total = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
+    for first in range(0, POINTS, BLOCK_P):
+        forth = tl.load(to_grid + (first + p)[:, None] * BLOCK_R + r[None, :])
+        samples = tl.dot(forth, coefficients, input_precision=PRECISION)
+        samples = samples * tl.sigmoid(samples)
+        back = tl.load(from_grid + (first + p)[None, :] * BLOCK_S + s[:, None])
+        total += tl.dot(back, samples.to(back.dtype), input_precision=PRECISION)
+    inside = (s < num_out)[:, None] & (column < columns)[None, :]
+    made = out + (item * out_stride + c)[None, :] + s[:, None] * channels
+    tl.store(made, total, mask=inside)
+
+
+@triton.jit
+def s2_backward(
+    x_grad,  # [B, R, C]
+    x,  # [B, R, C], items may lie apart
+    grad,  # [B, S, C], items may lie apart
+    to_grid,  # [points, BLOCK_R], filled up
+    from_grid,  # [points, BLOCK_S], filled up
+    columns,  # B C
+    channels,
+    num_in,  # R
+    num_out,  # S
+    x_stride,
+    grad_stride,
+    POINTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dx = G^T (SiLU'(G x) * G^-1^T dy), for some columns."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    item, c = column // channels, column % channels
+    p, r, s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
+    inside = (r < num_in)[:, None] & (column < columns)[None, :]
+    of_row = r[:, None] * channels
+    coefficients = tl.load(x + (item * x_stride + c)[None, :] + of_row, mask=inside, other=0.0)
+    flow = tl.load(
+        grad + (item * grad_stride + c)[None, :] + s[:, None] * channels,
+        mask=(s < num_out)[:, None] & (column < columns)[None, :],
+        other=0.0,
+    )
+    total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for first in range(0, POINTS, BLOCK_P):
+        forth = tl.load(to_grid + (first + p)[:, None] * BLOCK_R + r[None, :])
+        samples = tl.dot(forth, coefficients, input_precision=PRECISION)
+        gate = tl.sigmoid(samples)
+        slope = gate * (1 + samples * (1 - gate))
+        back = tl.load(from_grid + (first + p)[:, None] * BLOCK_S + s[None, :])
+        samples_grad = tl.dot(back, flow, input_precision=PRECISION) * slope
+        forth_again = tl.load(to_grid + (first + p)[None, :] * BLOCK_R + r[:, None])
+        total += tl.dot(forth_again, samples_grad.to(forth.dtype), input_precision=PRECISION)
+    found = x_grad + (item * num_in * channels + c)[None, :] + of_row
+    tl.store(found, total, mask=inside)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """Matrices of a grid, filled up with zeros."""
+
+    to_grid: Tensor  # [points, BLOCK_R]
+    from_grid: Tensor  # [points, BLOCK_S]
+
+
+@cache
+def _filled(grid: Grid) -> _Filled:
+    points = triton.cdiv(len(grid.to_grid), BLOCK_P) * BLOCK_P
+
+    def fill(matrix: Tensor) -> Tensor:
+        width = max(_LEAST, triton.next_power_of_2(matrix.shape[1]))
+        filled = matrix.new_zeros(points, width)
+        filled[: len(matrix), : matrix.shape[1]] = matrix
+        return filled
+
+    with torch.inference_mode(mode=False):  # they outlive the mode that they are made in
+        return _Filled(fill(grid.to_grid), fill(grid.from_grid))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are made, as PyTorch's own are."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and dtype == torch.float32
+    return "tf32" if tf32 else "ieee"
+
+
+def s2_blocks(num_in: int, num_out: int) -> dict[str, int]:
+    """Sizes of a program, and its warps."""
+    return {
+        "BLOCK_P": BLOCK_P,
+        "BLOCK_R": max(_LEAST, triton.next_power_of_2(num_in)),
+        "BLOCK_S": max(_LEAST, triton.next_power_of_2(num_out)),
+        "BLOCK_N": _COLUMNS,
+        "num_warps": 4,
+    }
+
+
+class GridKernels:
+    """SiLU on the sphere for one grid; x is [B, R, C] in all of them."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def _call(
+        self, kernel: object, tensors: tuple[Tensor, ...], x: Tensor, strides: tuple[int, ...]
+    ) -> None:
+        filled = _filled(self.grid)
+        items, num_in, channels = x.shape
+        num_out = self.grid.from_grid.shape[1]
+        block = s2_blocks(num_in, num_out)
+        columns = items * channels
+        if columns:
+            kernel[(triton.cdiv(columns, block["BLOCK_N"]),)](  # type: ignore[index]
+                *(*tensors, filled.to_grid, filled.from_grid),
+                *(columns, channels, num_in, num_out, *strides),
+                POINTS=len(filled.to_grid),
+                PRECISION=precision(x.dtype),
+                **block,
+            )
+
+    def activation(self, x: Tensor, y: Tensor) -> None:
+        """Write G^-1 SiLU(G x) to y [B, S, C], whose items are dense."""
+        x = _rows_contiguous(x)
+        assert _rows_contiguous(y) is y  # noqa: S101
+        self._call(s2_forward, (y, x), x, (x.stride(0), y.stride(0)))
+
+    def activation_backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of :meth:`activation`: [B, R, C]."""
+        x, grad = _rows_contiguous(x), _rows_contiguous(grad)
+        x_grad = x.new_empty(x.shape)
+        self._call(s2_backward, (x_grad, x, grad), x, (x.stride(0), grad.stride(0)))
+        return x_grad
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """[B, R, C] whose items are dense; they may lie apart."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

@@ -1,0 +1,284 @@
+"""Triton's kernels against the references that they stand for: on a GPU, or in the interpreter.
+
+The interpreter runs the kernels on the CPU, one operation of NumPy for each of theirs. It does not
+see a constexpr in annotations that are strings: no file with kernels imports annotations.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fairchem_equiformer.graph.edges import prepare_edges
+from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
+from fairchem_equiformer.ops.attention_softmax import (
+    attention_logits,
+    attention_softmax,
+    attention_softmax_backward,
+)
+from fairchem_equiformer.ops.choice import VARIABLE
+from fairchem_equiformer.ops.message import message, message_backward
+from fairchem_equiformer.ops.edges import chunk_frames
+from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
+from fairchem_equiformer.ops.triton import loader
+from fairchem_equiformer.so3.grid import grid
+from fairchem_equiformer.so3.layout import layout
+from tests.test_ops import CASES, HEADS, attend, features, gradients, make_graph
+from tests.tolerances import assert_close
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SINGLE, DOUBLE = torch.float32, torch.float64
+
+# The interpreter of Triton 3.0, up to NumPy 2.3; from there on it is an error.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_or_nothing(monkeypatch):
+    """What takes float32 runs by the kernels; float64 runs by the reference."""
+    monkeypatch.setenv(VARIABLE, "triton")
+
+    def refuse(op, reason):
+        assert "float64" in reason, f"{op}: {reason}"
+
+    monkeypatch.setattr(loader, "_log", refuse)
+
+
+# What the tests believe
+
+
+@triton.jit
+def _operations(out, x, index, matrix, count, BLOCK: tl.constexpr):
+    """What the kernels are made of: bounds from memory, masks, sums and products."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for j in range(tl.load(index), tl.load(index + 1)):
+        row = tl.load(x + j * count + i, mask=i < count, other=0.0)
+        tile = tl.load(matrix + i[:, None] * BLOCK + i[None, :])
+        product = tl.dot(
+            tile, tl.broadcast_to(row[:, None], [BLOCK, BLOCK]), input_precision="ieee"
+        )
+        total += tl.sum(row, axis=0) * tl.where(product > 0, product, tl.exp(product))
+    tl.store(out + i[:, None] * BLOCK + i[None, :], total)
+
+
+def test_the_interpreter_adds_up():
+    x, matrix = torch.randn(5, 13, device=DEVICE), torch.randn(16, 16, device=DEVICE)
+    index = torch.tensor([1, 4], device=DEVICE)
+    out = torch.full((16, 16), torch.nan, device=DEVICE)
+    _operations[(1,)](out, x, index, matrix, 13, BLOCK=16)
+    expected = torch.zeros(16, 1, dtype=DOUBLE, device=DEVICE)
+    for row in x[1:4].double():
+        product = matrix[:, :13].double() @ row[:, None]
+        expected += row.sum() * torch.where(product > 0, product, product.exp())
+    assert_close(out, expected.expand(16, 16), "triton")
+
+
+def by_kernels_and_exactly(function, *inputs):
+    """Each result by the kernels in float32 against that by the reference, row by row."""
+    drawn = [x.to(DEVICE, SINGLE) for x in inputs]
+    found = function(*drawn)
+    expected = function(*(x.double() for x in drawn))
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == SINGLE
+        if ours.ndim < 3:
+            assert_close(ours, exact, "triton")
+            continue
+        for row in range(ours.shape[1]):  # of each degree and order, whatever the others are
+            assert_close(ours[:, row], exact[:, row], "triton", name=f"row {row}")
+
+
+def frames_of(degrees, sizes, max_edges=7):
+    """Of a chunk that neither begins with the first atom nor holds all edges."""
+    edges = prepare_edges(make_graph(degrees, DEVICE), sizes, 1, DOUBLE, max_edges=max_edges)
+    return chunk_frames(edges, edges.chunks[-1])
+
+
+def in_dtype(frames, dtype):
+    compact = frames.compact.to(torch.float32).to(dtype)
+    return replace(frames, compact=compact, sorted_by_source=(0, {}))
+
+
+# Atoms that receive edges; the last chunk has atoms without any, and one with more than the others.
+DEGREES = [3, 0, 2, 0, 5, 0]
+SIZES = [layout(1, 0), layout(2, 2), layout(3, 1)]
+each_size = pytest.mark.parametrize("sizes", SIZES, ids=str)
+
+
+@pytest.mark.parametrize("by_degree", [False, True])
+@pytest.mark.parametrize("channels", [4, 5])
+@each_size
+def test_messages(sizes, channels, by_degree):
+    frames = frames_of(DEGREES, sizes)
+    edges = len(frames.source)
+
+    def both(x, radial, grad):
+        turned = in_dtype(frames, x.dtype)
+        scaled, sent = message(x, turned, radial, sizes, by_degree=by_degree)
+        x_grad = torch.ones_like(x)
+        radial_grad = message_backward(grad, sent, x, x_grad, sizes, by_degree=by_degree)
+        return scaled, radial_grad, x_grad
+
+    weights = sizes.num_degrees(0) if by_degree else len({(d, abs(m)) for d, m in sizes.m_major})
+    by_kernels_and_exactly(
+        both,
+        torch.randn(len(DEGREES), sizes.num_coefficients, channels),
+        torch.randn(edges, weights, 2 * channels),
+        torch.randn(edges, sizes.num_rows, 2 * channels),
+    )
+
+
+@pytest.mark.parametrize(("heads", "channels"), [(2, 4), (3, 3)])
+@pytest.mark.parametrize("wanted", ["all", "vectors"])
+@each_size
+def test_aggregate(sizes, wanted, heads, channels):
+    frames = frames_of(DEGREES, sizes)
+    out = sizes if wanted == "all" else layout(1, min(1, sizes.mmax), 1)
+
+    def both(values, alpha, grad):
+        turned = in_dtype(frames, values.dtype)
+        gradients = aggregate_backward(grad, values, alpha, turned, out)
+        return aggregate(values, alpha, turned, out), *gradients
+
+    edges = len(frames.source)
+    by_kernels_and_exactly(
+        both,
+        torch.randn(edges, out.num_rows, heads, channels),
+        torch.randn(edges, heads),
+        torch.randn(frames.num_nodes, out.num_coefficients, heads * channels),
+    )
+
+
+@pytest.mark.parametrize("degrees", [DEGREES, [40, 1], [0, 0]], ids=str)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_softmax(degrees, heads):
+    frames = frames_of(degrees, layout(1, 0), max_edges=100)
+
+    def both(logits, grad):
+        alpha = attention_softmax(logits, frames)
+        return alpha, attention_softmax_backward(alpha, grad, frames)
+
+    edges = len(frames.source)
+    by_kernels_and_exactly(both, 3 * torch.randn(edges, heads), torch.randn(edges, heads))
+
+
+def differentiated(function):
+    """Value of a function of leaves, and their gradients."""
+
+    def both(*inputs):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        value = function(*leaves)
+        flow = torch.linspace(-1, 1, value.numel(), device=DEVICE).view(value.shape)
+        return value.detach(), *torch.autograd.grad(value, leaves, flow.to(value))
+
+    return both
+
+
+@pytest.mark.parametrize("edges", [0, 1, 40])
+@pytest.mark.parametrize("norm", [True, False])
+def test_logits(edges, norm):
+    heads, channels = 2, 6
+
+    @differentiated
+    def both(scalars, dot, *weights):  # other columns stand behind
+        scalars = scalars[:, : heads * channels].unflatten(1, (heads, channels))
+        return attention_logits(scalars, weights or None, dot)
+
+    weights = [torch.randn(channels) for _ in range(2 if norm else 0)]
+    by_kernels_and_exactly(
+        both, torch.randn(edges, heads * channels + 5), torch.randn(heads, channels), *weights
+    )
+
+
+@pytest.mark.parametrize("items", [0, 3])
+@pytest.mark.parametrize(("kind", "wanted"), [("s2", "all"), ("s2", "scalars"), ("sep", "others")])
+@pytest.mark.parametrize(("sizes", "resolution"), [(layout(2, 1), None), (layout(4, 2), 18)])
+def test_s2_activation(sizes, resolution, kind, wanted, items):
+    @differentiated
+    def both(x, gates):  # other columns stand before
+        sphere = grid(sizes, resolution, x.dtype, DEVICE, wanted=wanted)
+        rows = x[:, 7:].unflatten(1, (sizes.num_rows, -1))
+        if kind == "s2":
+            return s2_activation(rows, sphere) * (1 + 0 * gates[:, None, :1])
+        return separable_s2_activation(rows, gates, sphere)
+
+    by_kernels_and_exactly(both, torch.randn(items, 7 + sizes.num_rows * 5), torch.randn(items, 5))
+
+
+@pytest.mark.parametrize("name", ["separable s2", "gate", "s2"])
+def test_attention(name):
+    """All kernels of an attention layer together, through two chunks."""
+    case, graph = CASES[name], make_graph([0, 3, 0, 4, 1], DEVICE)
+    leaves = case.parameters() | {"x": features(case.layout, graph.num_nodes)}
+    leaves = {key: p.to(DEVICE).float().requires_grad_() for key, p in leaves.items()}
+    exact = {key: p.detach().double().requires_grad_() for key, p in leaves.items()}
+    found, expected = (attend(case, graph, p["x"], p, max_edges=5) for p in (leaves, exact))
+    assert_close(found, expected, "edge_attention")
+    wanted = gradients(expected, exact)
+    for key, gradient in gradients(found, leaves).items():
+        if key == "x":
+            for row in range(gradient.shape[1]):
+                assert_close(gradient[:, row], wanted[key][:, row], "edge_attention", name=key)
+        else:
+            assert_close(gradient, wanted[key], "edge_attention", name=key)
+
+
+def test_two_calls_give_the_same_bits():
+    case, graph = CASES["separable s2"], make_graph([0, 3, 4], DEVICE)
+    leaves = case.parameters() | {"x": features(case.layout, graph.num_nodes)}
+    leaves = {key: p.to(DEVICE).float().requires_grad_() for key, p in leaves.items()}
+    found = [gradients(attend(case, graph, leaves["x"], leaves), leaves) for _ in range(2)]
+    assert all(torch.equal(found[0][key], found[1][key]) for key in leaves)
+
+
+# Which kernels run
+
+
+class TestChoice:
+    X = torch.zeros(2, HEADS, device=DEVICE)
+
+    def test_reasons(self):
+        assert loader.supports(self.X) is None
+        assert "float64" in loader.supports(self.X, self.X.double())
+        assert "meta" in loader.supports(self.X.to("meta"))
+
+    @pytest.mark.parametrize("choice", ["reference", "native"])
+    def test_others_do_without(self, choice, monkeypatch):
+        monkeypatch.setenv(VARIABLE, choice)
+        assert not loader.usable("sums", self.X)
+
+    def test_a_cpu_has_kernels_of_its_own(self, monkeypatch):
+        monkeypatch.setenv(VARIABLE, "auto")
+        assert not loader.usable("sums", self.X.cpu())
+
+    def test_a_fallback_is_logged_once(self, monkeypatch, caplog):
+        monkeypatch.undo()
+        monkeypatch.setenv(VARIABLE, "triton")
+        loader._log.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                assert not loader.usable("sums over edges", self.X.double())
+        (record,) = caplog.records
+        assert "sums over edges" in record.getMessage()
+        assert "float64" in record.getMessage()
+
+    def test_asked_for_and_missing(self, monkeypatch):
+        monkeypatch.setattr(loader, "_missing", lambda: "triton cannot be imported: no wheel")
+        with pytest.raises(RuntimeError, match="no wheel"):
+            loader.usable("sums", self.X)
+
+    def test_a_cpu_does_not_import_the_kernels(self):
+        check = (
+            "import sys, fairchem_equiformer.models, fairchem_equiformer.ops.edge_attention;"
+            "assert not [n for n in sys.modules if n.endswith(('triton.message', 'triton.grid'))]"
+        )
+        environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+        subprocess.run([sys.executable, "-c", check], check=True, env=environment)
