@@ -28,14 +28,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks import time_model
-from benchmarks.time_model import SIZES, Sizes
+from benchmarks.sizes import SIZES, Sizes
 from fairchem_equiformer.ops.triton import grid as grid_module
 from fairchem_equiformer.ops.triton.aggregate import AggregateKernels
 from fairchem_equiformer.ops.triton.attention import LogitKernels, SoftmaxKernels
 from fairchem_equiformer.ops.triton.grid import GridKernels
 from fairchem_equiformer.ops.triton.message import MessageKernels
 from fairchem_equiformer.so3.grid import grid
-from fairchem_equiformer.so3.layout import layout
 
 CAPABILITIES = (70, 80, 90)
 # Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities).
@@ -43,8 +42,11 @@ SHARED_LIMIT = {70: 96 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 ASSEMBLER_TARGET = {70: "sm_70", 80: "sm_80", 90: "sm_90a"}
 EDGES, ATOMS = 32, 16  # divisible by 16, as they may be at best; sizes do not change the code
 _POINTERS = {
-    **{torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"},
-    **{torch.int32: "*i32", torch.int64: "*i64"},
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -83,8 +85,8 @@ def recorded_launches() -> Iterator[list[Launch]]:
     found: list[Launch] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        assert grid
-        assert not warmup
+        if warmup or not grid:
+            raise ValueError(f"{self.__name__}: not a launch")
         arguments = dict(zip(self.arg_names, args, strict=False))
         options = {}
         for key, value in kwargs.items():
@@ -95,10 +97,11 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield found
 
 
-def launches(sizes: Sizes) -> list[Launch]:
+def launches(sizes: Sizes, capability: int) -> list[Launch]:
     """Every launch of an attention block of this size, forward and backward.
 
-    The S2 activation comes three times, for products in float32, TF32 and bfloat16.
+    The S2 activation comes three times: products in float32 (by three of TF32), TF32 and bfloat16.
+    Below compute capability 8.0 it is PyTorch's.
     """
     edge, out = sizes.layout, sizes.layout
     x = torch.empty(ATOMS, edge.num_coefficients, sizes.channels)
@@ -128,8 +131,12 @@ def launches(sizes: Sizes) -> list[Launch]:
         SoftmaxKernels().forward(alpha, pointers)
         SoftmaxKernels().backward(alpha, alpha, pointers)
         for dtype, kind in (
-            *((torch.float32, "ieee"), (torch.float32, "tf32")),
-            (torch.bfloat16, "ieee"),
+            ()
+            if capability < 80
+            else (
+                *((torch.float32, "tf32x3"), (torch.float32, "tf32")),
+                (torch.bfloat16, "ieee"),
+            )
         ):
             with mock.patch.object(grid_module, "precision", return_value=kind):
                 _activate(sizes, dtype)
@@ -218,8 +225,8 @@ def table(sizes: Sizes, capabilities: Sequence[int]) -> Table:
     for heading in ("registers", "spilled / B", "shared / B"):
         result.add_column(heading, justify="right")
     result.add_column("tensor cores")
-    for launch in launches(sizes):
-        for capability in capabilities:
+    for capability in capabilities:
+        for launch in launches(sizes, capability):
             made = compile_for(launch, capability)
             figures = map(str, (made.registers, made.spilled, made.shared))
             label = f"{capability // 10}.{capability % 10}"

@@ -2,9 +2,9 @@
 
 A stage takes no less than its floating-point operations at the card's rate, its bytes at the card's
 bandwidth, or its evaluations of SiLU at the rate of the units that make exponentials and inverses,
-whichever is the most. Bytes are those of the tensors that a stage reads and writes in device memory,
-each once. Rates are those of the vendor's data sheets. So all figures are bounds that no run can
-beat, not predictions; they do not know caches, launches or occupancy.
+whichever is the most. Bytes are those of the tensors that a stage reads and writes in device
+memory, each once. Rates are those of the vendor's data sheets. So all figures are bounds that no
+run can beat, not predictions; they do not know caches, launches or occupancy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 
 from rich.table import Table
 
-from fairchem_equiformer.so3.layout import Layout, layout
+from benchmarks.sizes import Sizes
 
 FLOAT = 4  # bytes
 NEIGHBORS = 20  # edges of an atom
@@ -39,44 +39,6 @@ CARDS = (
     Card("A100", 19.5e12, 156e12, 312e12, 2.04e12, 108 * 16 * 1.41e9),
     Card("H200", 67e12, 494e12, 989e12, 4.8e12, 132 * 16 * 1.98e9),
 )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a published model's attention."""
-
-    name: str
-    lmax: int
-    mmax: int
-    blocks: int
-    channels: int = 128
-    hidden: int = 64
-    heads: int = 8
-    alpha_channels: int = 64
-    value_channels: int = 16
-    resolution: int = 18
-
-    @property
-    def layout(self) -> Layout:
-        """Of the edge frame."""
-        return layout(self.lmax, self.mmax)
-
-    @property
-    def entries(self) -> int:
-        """Numbers of a compact rotation."""
-        return sum(2 * degree + 1 for degree, _ in self.layout.m_major)
-
-    @property
-    def weights(self) -> int:
-        """Radial weights of an edge and channel."""
-        return sum(self.layout.num_degrees(m) for m in range(self.mmax + 1))
-
-
-SIZES = {
-    "31M": Sizes("31M", 4, 2, 8),
-    "83M": Sizes("83M", 6, 2, 12),
-    "153M": Sizes("153M", 6, 3, 20),
-}
 
 
 @dataclass(frozen=True)
@@ -220,7 +182,7 @@ def stock(sizes: Sizes) -> list[Stage]:
 def table(sizes: Sizes) -> Table:
     """FLOPs, bytes and bounds of all stages, stock's and ours."""
     result = Table(
-        title=f"{sizes.name}: least time of one edge and block, forward, in ns (a bound, not measured)",
+        title=f"{sizes.name}: least ns of one edge and block, forward: a bound, not measured",
         caption="fp32 | TF32, on cards that have it. Times measured on a GPU: none yet.",
     )
     result.add_column("stage")

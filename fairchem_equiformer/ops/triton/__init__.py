@@ -68,7 +68,8 @@ def softmax_kernels(logits: Tensor) -> SoftmaxKernels | None:
 
 def grid_kernels(grid: Grid, x: Tensor) -> GridKernels | None:
     """Kernels for such a grid and such an x [B, R, C]."""
-    if not usable("non-linearities on the grid", x, grid.to_grid):
+    # Its products need tensor cores that take float32 in parts (tf32x3).
+    if not usable("non-linearities on the grid", x, grid.to_grid, least=8):
         return None
     from fairchem_equiformer.ops.triton.grid import GridKernels
 

@@ -128,9 +128,14 @@ def _filled(grid: Grid) -> _Filled:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made, as PyTorch's own are."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and dtype == torch.float32
-    return "tf32" if tf32 else "ieee"
+    """How products are made: of float32 by TF32 if PyTorch's own are, else by three of TF32.
+
+    Three products of what TF32 keeps of each operand, and of what it leaves over, are as exact as
+    float32 to a few roundings.
+    """
+    if dtype != torch.float32:
+        return "ieee"  # of halves there is but one way
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def s2_blocks(num_in: int, num_out: int) -> dict[str, int]:

@@ -13,7 +13,6 @@ from fairchem_equiformer.ops.choice import VARIABLE, chosen
 
 logger = logging.getLogger(__name__)
 
-_LEAST_CAPABILITY = (7, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,15 +31,20 @@ def _missing() -> str | None:
 
 
 @cache
-def _too_old(device: torch.device) -> str | None:
-    found = torch.cuda.get_device_capability(device)
-    if found >= _LEAST_CAPABILITY:
+def _too_old(device: torch.device, least: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= least:
         return None
-    return f"{torch.cuda.get_device_name(device)} has compute capability {found}, below 7.0"
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {major}.{minor}, below {least}.0"
 
 
-def supports(*tensors: Tensor) -> str | None:
+def supports(*tensors: Tensor, least: int = 7) -> str | None:
     """Say what keeps the kernels from working on these tensors.
+
+    Args:
+        tensors: that they would read.
+        least: compute capability that they need.
 
     Returns:
         The reason, or None where they can.
@@ -52,7 +56,7 @@ def supports(*tensors: Tensor) -> str | None:
         if tensor.dtype not in _DTYPES:
             return f"they do not compute in {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.device.type == "cuda" and not interpreted():
-            reason = _too_old(tensor.device)
+            reason = _too_old(tensor.device, least)
         elif not (tensor.device.type == "cpu" and interpreted()):
             reason = f"they do not run on {tensor.device.type}"
         if reason is not None:
@@ -60,8 +64,10 @@ def supports(*tensors: Tensor) -> str | None:
     return None
 
 
-def usable(op: str, *tensors: Tensor) -> bool:
+def usable(op: str, *tensors: Tensor, least: int = 7) -> bool:
     """Whether the op runs these kernels on these tensors; if not on a GPU, the log says why, once.
+
+    Arguments are those of :func:`supports`.
 
     Raises:
         RuntimeError: if they were asked for by name and there is nothing that they could run on.
@@ -71,7 +77,7 @@ def usable(op: str, *tensors: Tensor) -> bool:
         return False
     if choice == "auto" and tensors[0].device.type != "cuda":
         return False
-    reason = supports(*tensors)
+    reason = supports(*tensors, least=least)
     if reason is None:
         return True
     if choice == "triton" and (_missing() or not (torch.cuda.is_available() or interpreted())):

@@ -1,0 +1,86 @@
+"""What the compiler makes of Triton's kernels, without a GPU: ``python -m benchmarks.kernels``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import time_model
+from benchmarks.sizes import SIZES
+
+# In a process of its own, since Triton in this one has only its interpreter.
+COMPILE = """
+import json, sys
+from dataclasses import asdict
+from benchmarks import kernels
+size, capability, *names = sys.argv[1:]
+found = {}
+for launch in kernels.launches(kernels.SIZES[size], int(capability)):
+    if not names or launch.name in names:
+        made = asdict(kernels.compile_for(launch, int(capability)))
+        made["limit"] = kernels.SHARED_LIMIT[int(capability)]
+        found.setdefault(launch.name, []).append(made)
+print(json.dumps(found))
+"""
+
+
+def compiled(size, capability, *names):
+    """What the assembler says of each kernel of a model, by name."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, size, str(capability), *names]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(output.stdout)
+
+
+def assert_fit(found):
+    for name, launches in found.items():
+        for made in launches:
+            assert made["registers"] > 0, name
+            assert made["spilled"] <= 64, f"{name}: {made['spilled']} bytes go through memory"
+            assert made["shared"] <= made["limit"], (
+                f"{name}: {made['shared']} bytes of shared memory"
+            )
+            assert bool(made["products"]) == name.startswith("s2_"), f"{name}: {made['products']}"
+
+
+def test_kernels_fit_the_card():
+    names = ("message_forward", "aggregate_backward", "s2_forward bfloat16")
+    found = compiled("31M", 80, *names)
+    assert set(found) == set(names)
+    assert_fit(found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", [70, 80, 90])
+@pytest.mark.parametrize("size", SIZES)
+def test_all_kernels_fit_every_card(size, capability):
+    found = compiled(size, capability)
+    assert len(found) == (9 if capability < 80 else 15)
+    assert_fit(found)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_model_of_time_counts_what_was_counted_by_hand(size):
+    """MFLOP of an edge and block, forward: SO(2) layers by four products, and the S2 transforms."""
+    first, second, sphere = {
+        "31M": (5.6, 2.1, 1.6),
+        "83M": (11.7, 4.8, 2.4),
+        "153M": (13.8, 5.9, 3.1),
+    }[size]
+    counts = time_model._Counts(SIZES[size])
+    assert counts.so2_flop(256, 64, 8 * 64 + 64, 4) / 1e6 == pytest.approx(first, abs=0.06)
+    assert counts.so2_flop(64, 128, 0, 4) / 1e6 == pytest.approx(second, abs=0.06)
+    (stage,) = (s for s in time_model.ours(SIZES[size]) if s.name.startswith("S2"))
+    assert stage.flop / 1e6 == pytest.approx(sphere, abs=0.08)  # l = 0 is not taken back
+    assert stage.silu == 20736
+
+
+def test_bounds_fall_with_the_rates_of_a_card():
+    for stage in (*time_model.ours(SIZES["31M"]), *time_model.stock(SIZES["31M"])):
+        bounds = [stage.seconds(card, tensor_cores=True) for card in time_model.CARDS]
+        assert bounds[0] > bounds[1] > bounds[2] > 0
+        assert stage.seconds(time_model.CARDS[2], tensor_cores=False) >= bounds[2]
