@@ -97,9 +97,14 @@ class _Counts:
         return x * (1 + share * 2.0) + y * (1 + share * 2.0)
 
 
-def ours(sizes: Sizes) -> list[Stage]:
-    """Stages as this package runs them on a GPU."""
+def ours(sizes: Sizes, *, tensor_cores: bool) -> list[Stage]:
+    """Stages as this package runs them on a GPU; its SO(2) layers are others with tensor cores."""
     n = _Counts(sizes)
+    products = 4 if tensor_cores else 3
+
+    def so2_floats(x: int, y: int) -> float:
+        return x + y if tensor_cores else n.so2_passes(x, y)
+
     width, hidden, heads = 2 * sizes.channels, sizes.hidden, sizes.heads
     values = heads * sizes.value_channels
     extra = n.scalars + hidden
@@ -117,17 +122,17 @@ def ours(sizes: Sizes) -> list[Stage]:
         ),
         Stage(
             "SO(2) layer 1",
-            n.so2_flop(width, hidden, extra, 3),
+            n.so2_flop(width, hidden, extra, products),
             0,
-            n.so2_passes(n.message, n.first),
+            so2_floats(n.message, n.first),
         ),
         Stage("logits, softmax (Triton)", 0, 12.0 * n.scalars, n.scalars + 4 * heads, n.scalars),
         Stage("S2 activation (Triton)", to_grid, 0, 2 * n.features + hidden, n.points * hidden),
         Stage(
             "SO(2) layer 2",
-            n.so2_flop(hidden, values, 0, 3),
+            n.so2_flop(hidden, values, 0, products),
             0,
-            n.so2_passes(n.features, n.values),
+            so2_floats(n.features, n.values),
         ),
         Stage(
             "weight, turn back, sum (Triton)",
@@ -188,23 +193,25 @@ def table(sizes: Sizes) -> Table:
     result.add_column("stage")
     for heading in ("MFLOP", "kB", *(card.name for card in CARDS)):
         result.add_column(heading, justify="right")
-    for title, stages in (("stock", stock(sizes)), ("ours", ours(sizes))):
+    for title, vector, matrix in (
+        ("stock", stock(sizes), stock(sizes)),
+        ("ours", ours(sizes, tensor_cores=False), ours(sizes, tensor_cores=True)),
+    ):
         result.add_section()
-        for stage in stages:
-            result.add_row(f"{title}: {stage.name}", *_figures([stage]))
-        result.add_row(f"{title}: all", *_figures(stages))
+        for one, other in zip(vector, matrix, strict=True):
+            result.add_row(f"{title}: {other.name}", *_figures([one], [other]))
+        result.add_row(f"{title}: all", *_figures(vector, matrix))
     return result
 
 
-def _figures(stages: list[Stage]) -> list[str]:
-    flop = sum(stage.flop + stage.vector for stage in stages)
-    kilobytes = sum(stage.floats for stage in stages) * FLOAT / 1e3
+def _figures(vector: list[Stage], matrix: list[Stage]) -> list[str]:
+    """FLOPs and bytes with tensor cores, and bounds without and with them."""
+    flop = sum(stage.flop + stage.vector for stage in matrix)
+    kilobytes = sum(stage.floats for stage in matrix) * FLOAT / 1e3
     figures = [f"{flop / 1e6:.2f}", f"{kilobytes:.1f}"]
     for card in CARDS:
-        bounds = [
-            1e9 * sum(stage.seconds(card, tensor_cores=tensor_cores) for stage in stages)
-            for tensor_cores in (False, True)
-        ]
-        same = card.matrix == card.vector
-        figures.append(f"{bounds[0]:.1f}" if same else f"{bounds[0]:.1f} | {bounds[1]:.1f}")
+        without = 1e9 * sum(stage.seconds(card, tensor_cores=False) for stage in vector)
+        by_cores = 1e9 * sum(stage.seconds(card, tensor_cores=True) for stage in matrix)
+        has_none = card.matrix == card.vector
+        figures.append(f"{without:.1f}" if has_none else f"{without:.1f} | {by_cores:.1f}")
     return figures

@@ -74,13 +74,18 @@ def test_model_of_time_counts_what_was_counted_by_hand(size):
     counts = time_model._Counts(SIZES[size])
     assert counts.so2_flop(256, 64, 8 * 64 + 64, 4) / 1e6 == pytest.approx(first, abs=0.06)
     assert counts.so2_flop(64, 128, 0, 4) / 1e6 == pytest.approx(second, abs=0.06)
-    (stage,) = (s for s in time_model.ours(SIZES[size]) if s.name.startswith("S2"))
+    (stage,) = (
+        s for s in time_model.ours(SIZES[size], tensor_cores=True) if s.name.startswith("S2")
+    )
     assert stage.flop / 1e6 == pytest.approx(sphere, abs=0.08)  # l = 0 is not taken back
     assert stage.silu == 20736
 
 
 def test_bounds_fall_with_the_rates_of_a_card():
-    for stage in (*time_model.ours(SIZES["31M"]), *time_model.stock(SIZES["31M"])):
+    for stage in (
+        *time_model.ours(SIZES["31M"], tensor_cores=True),
+        *time_model.stock(SIZES["31M"]),
+    ):
         bounds = [stage.seconds(card, tensor_cores=True) for card in time_model.CARDS]
         assert bounds[0] > bounds[1] > bounds[2] > 0
         assert stage.seconds(time_model.CARDS[2], tensor_cores=False) >= bounds[2]

@@ -385,8 +385,9 @@ def test_radial_function_in_float32():
 # Linear layers
 
 
+@pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("sizes", [layout(1, 0), layout(2, 2), layout(6, 2)], ids=str)
-def test_so2_linear(sizes, device):
+def test_so2_linear(sizes, single, device):
     extra, edges = 3, 5
     counts = [sizes.num_degrees(m) for m in range(sizes.mmax + 1)]
     leaves = {"fc_m0.bias": random(counts[0] * HIDDEN + extra)}
@@ -398,7 +399,8 @@ def test_so2_linear(sizes, device):
     rows = list(sizes.rows_in_l_major)
     scalars, coefficients = reference.so2_linear(x, leaves, sizes.mmax, extra)
     expected = torch.cat([scalars, coefficients[:, rows].flatten(1)], dim=1)
-    flat, weights = x.detach()[:, rows].flatten(1), SO2Weights.of(conv_weights(leaves), DOUBLE)
+    flat = x.detach()[:, rows].flatten(1)
+    weights = SO2Weights.of(conv_weights(leaves), DOUBLE, single=single)
     found = so2_linear(flat, weights, leaves["fc_m0.bias"].detach())
     assert_close(found, expected, "so2_linear")
 

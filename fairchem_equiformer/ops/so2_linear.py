@@ -12,6 +12,9 @@ The two rows for m > 0 are one product of complex matrices, which takes three re
     common = A (x[+m] + x[-m])
     y[+m]  = common - (A + B) x[-m]
     y[-m]  = common + (B - A) x[+m]
+
+A GPU with tensor cores waits for memory more than for arithmetic. There one product per order, with
+the matrix (A, -B) over (B, A), reads its operand once and writes its result once.
 """
 
 from __future__ import annotations
@@ -35,40 +38,61 @@ class SO2Weights(NamedTuple):
     """Weights of a layer as the products take them."""
 
     zero: Tensor  # W[0] [Y0, X0]
-    orders: tuple[OrderWeights, ...]
+    # For m = 1..: what three products take, or the one matrix [2 Ym, 2 Xm] of a single one.
+    orders: tuple[OrderWeights | Tensor, ...]
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], dtype: torch.dtype) -> SO2Weights:
-        """From W[0] [Y0, X0] and, for m = 1.., W[m] [2 Ym, Xm]."""
-        orders = []
+    def of(
+        cls, weights: Sequence[Tensor], dtype: torch.dtype, *, single: bool | None = None
+    ) -> SO2Weights:
+        """From W[0] [Y0, X0] and, for m = 1.., W[m] [2 Ym, Xm].
+
+        Args:
+            weights: of the layer.
+            dtype: of the products.
+            single: one product per order; by default on a GPU whose tensor cores make the products.
+        """
+        if single is None:
+            single = weights[0].is_cuda and _by_tensor_cores(dtype)
+        orders: list[OrderWeights | Tensor] = []
         for weight in weights[1:]:
             a, b = weight.detach().chunk(2)
-            orders.append(OrderWeights(a.to(dtype), (a + b).to(dtype), (b - a).to(dtype)))
+            if single:
+                rows = torch.cat([a, -b], dim=1), torch.cat([b, a], dim=1)
+                orders.append(torch.cat(rows).to(dtype))
+            else:
+                orders.append(OrderWeights(a.to(dtype), (a + b).to(dtype), (b - a).to(dtype)))
         return cls(weights[0].detach().to(dtype), tuple(orders))
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns of the layer's result."""
+        stops: list[int] = [len(self.zero), *(order.y.stop for order in _orders(self))]
+        return stops[-1]
+
+
+def _by_tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether a GPU's tensor cores make products of this dtype, as PyTorch is set."""
+    return dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
 
 
 class _Order(NamedTuple):
-    """Slices of one order m > 0 in the input and the output, and its weights."""
+    """Columns of one order m > 0 in the input and the output, +m before -m, and its weights."""
 
-    x_plus: slice
-    x_minus: slice
-    y_plus: slice
-    y_minus: slice
-    weights: OrderWeights
+    x: slice
+    y: slice
+    weights: OrderWeights | Tensor
 
 
 def _orders(weights: SO2Weights) -> Iterator[_Order]:
     y, x = weights.zero.shape
     for order in weights.orders:
-        half, width = order.a.shape
-        yield _Order(
-            slice(x, x + width),
-            slice(x + width, x + 2 * width),
-            slice(y, y + half),
-            slice(y + half, y + 2 * half),
-            order,
-        )
-        x, y = x + 2 * width, y + 2 * half
+        if isinstance(order, Tensor):
+            rows, columns = order.shape
+        else:
+            rows, columns = (2 * size for size in order.a.shape)
+        yield _Order(slice(x, x + columns), slice(y, y + rows), order)
+        x, y = x + columns, y + rows
 
 
 def so2_linear(x: Tensor, weights: SO2Weights, bias: Tensor | None) -> Tensor:
@@ -83,16 +107,18 @@ def so2_linear(x: Tensor, weights: SO2Weights, bias: Tensor | None) -> Tensor:
     Returns:
         [E, Y0 + sum over m of 2 Ym].
     """
-    width = len(weights.zero) + sum(2 * len(order.a) for order in weights.orders)
-    y = x.new_empty(len(x), width)
+    y = x.new_empty(len(x), weights.num_outputs)
     first = y[:, : len(weights.zero)]
     torch.mm(x[:, : weights.zero.shape[1]], weights.zero.t(), out=first)
     if bias is not None:
         first += bias
     for order in _orders(weights):
+        if isinstance(order.weights, Tensor):
+            torch.mm(x[:, order.x], order.weights.t(), out=y[:, order.y])
+            continue
         a, a_plus_b, b_minus_a = (weight.t() for weight in order.weights)
-        plus, minus = x[:, order.x_plus], x[:, order.x_minus]
-        y_plus, y_minus = y[:, order.y_plus], y[:, order.y_minus]
+        plus, minus = x[:, order.x].chunk(2, dim=1)
+        y_plus, y_minus = y[:, order.y].chunk(2, dim=1)
         torch.mm(plus + minus, a, out=y_plus)
         y_minus.copy_(y_plus)
         y_plus.addmm_(minus, a_plus_b, alpha=-1)
@@ -119,18 +145,25 @@ def so2_linear_backward(
     torch.mm(grad[:, :y_stop], weights.zero, out=x_grad[:, :x_stop])
     weight_grads[0].addmm_(grad[:, :y_stop].t(), x[:, :x_stop])
     for order, weight_grad in zip(_orders(weights), weight_grads[1:], strict=True):
+        x_stop = order.x.stop
+        a_grad, b_grad = weight_grad.chunk(2)
+        if isinstance(order.weights, Tensor):
+            torch.mm(grad[:, order.y], order.weights, out=x_grad[:, order.x])
+            rows = torch.mm(grad[:, order.y].t(), x[:, order.x]).chunk(2)
+            (aa, ab), (ba, bb) = (row.chunk(2, dim=1) for row in rows)
+            a_grad.add_(aa).add_(bb)
+            b_grad.add_(ba).sub_(ab)
+            continue
         a, a_plus_b, b_minus_a = order.weights
-        plus, minus = x[:, order.x_plus], x[:, order.x_minus]
-        g_plus, g_minus = grad[:, order.y_plus], grad[:, order.y_minus]
-        x_plus, x_minus = x_grad[:, order.x_plus], x_grad[:, order.x_minus]
+        plus, minus = x[:, order.x].chunk(2, dim=1)
+        g_plus, g_minus = grad[:, order.y].chunk(2, dim=1)
+        x_plus, x_minus = x_grad[:, order.x].chunk(2, dim=1)
         torch.mm(g_plus + g_minus, a, out=x_plus)
         x_minus.copy_(x_plus)
         x_plus.addmm_(g_minus, b_minus_a)
         x_minus.addmm_(g_plus, a_plus_b, alpha=-1)
         # Four products here: the three would each need a buffer of the weights' size.
-        a_grad, b_grad = weight_grad.chunk(2)
         a_grad.addmm_(g_plus.t(), plus).addmm_(g_minus.t(), minus)
         b_grad.addmm_(g_minus.t(), plus).addmm_(g_plus.t(), minus, alpha=-1)
-        x_stop = order.x_minus.stop
     x_grad[:, x_stop:] = 0
     return x_grad

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fairchem_equiformer.ops.triton.launch import launch
 from fairchem_equiformer.ops.triton.message import LARGEST_BLOCK, blocks
 from fairchem_equiformer.ops.triton.rows import rows_of
 from fairchem_equiformer.so3.layout import Layout
@@ -160,15 +161,16 @@ class AggregateKernels:
         channels = heads * head_channels
         out = alpha.new_empty(atoms, self.layout.num_coefficients, channels)
         block = blocks(self.layout.lmax, channels)
-        if atoms:
-            aggregate_forward[(atoms, rows.num_degrees, triton.cdiv(channels, block["BLOCK_C"]))](
-                *(out, values, alpha.contiguous(), rotations.contiguous(), pointers),
-                *(rows.row, rows.entry, rows.of_degree, rows.rescale),
-                *(channels, head_channels, heads),
-                *(self.layout.num_coefficients, self.layout.num_rows, rows.num_entries),
-                self.layout.lmin,
-                **block,
-            )
+        launch(
+            aggregate_forward,
+            (atoms, rows.num_degrees, triton.cdiv(channels, block["BLOCK_C"])),
+            *(out, values, alpha.contiguous(), rotations.contiguous(), pointers),
+            *(rows.row, rows.entry, rows.of_degree, rows.rescale),
+            *(channels, head_channels, heads),
+            *(self.layout.num_coefficients, self.layout.num_rows, rows.num_entries),
+            self.layout.lmin,
+            **block,
+        )
         return out
 
     def backward(
@@ -191,14 +193,15 @@ class AggregateKernels:
         values_grad = torch.empty_like(values)
         alpha_grad = torch.empty_like(alpha, memory_format=torch.contiguous_format)
         block = head_blocks(self.layout.lmax, heads, head_channels)
-        if len(values):
-            aggregate_backward[(len(values), triton.cdiv(heads, block["BLOCK_HEADS"]))](
-                *(values_grad, alpha_grad, grad.contiguous(), values, alpha.contiguous()),
-                *(rotations.contiguous(), target),
-                *(rows.row, rows.entry, rows.of_degree, rows.rescale),
-                *(heads, self.layout.num_coefficients, self.layout.num_rows, rows.num_entries),
-                *(rows.num_degrees, self.layout.lmin),
-                HEAD_CHANNELS=head_channels,
-                **block,
-            )
+        launch(
+            aggregate_backward,
+            (len(values), triton.cdiv(heads, block["BLOCK_HEADS"])),
+            *(values_grad, alpha_grad, grad.contiguous(), values, alpha.contiguous()),
+            *(rotations.contiguous(), target),
+            *(rows.row, rows.entry, rows.of_degree, rows.rescale),
+            *(heads, self.layout.num_coefficients, self.layout.num_rows, rows.num_entries),
+            *(rows.num_degrees, self.layout.lmin),
+            HEAD_CHANNELS=head_channels,
+            **block,
+        )
         return values_grad, alpha_grad

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fairchem_equiformer.ops.triton.launch import launch
+
 _BLOCK_EDGES = 32
 
 
@@ -196,13 +198,14 @@ class LogitKernels:
         edges, heads, channels = scalars.shape
         block = logit_blocks(channels)
         weight, bias = self.norm or (self.dot, self.dot)
-        if edges:
-            kernel[triton.cdiv(edges, block["BLOCK_E"]), heads](  # type: ignore[index]
-                *(*tensors, scalars, weight, bias, self.dot),
-                *(edges, scalars.stride(0), heads, channels, self.epsilon),
-                NORM=self.norm is not None,
-                **block,
-            )
+        launch(
+            kernel,
+            (triton.cdiv(edges, block["BLOCK_E"]), heads),
+            *(*tensors, scalars, weight, bias, self.dot),
+            *(edges, scalars.stride(0), heads, channels, self.epsilon),
+            NORM=self.norm is not None,
+            **block,
+        )
 
     def forward(self, scalars: Tensor) -> Tensor:
         """Logits [E, heads]."""
@@ -236,16 +239,14 @@ class SoftmaxKernels:
         """[E, heads]."""
         logits, atoms = logits.contiguous(), len(pointers) - 1
         out = torch.empty_like(logits)
-        if atoms:
-            block = softmax_blocks(logits.shape[1])
-            softmax_forward[(atoms,)](out, logits, pointers, logits.shape[1], **block)
+        block = softmax_blocks(logits.shape[1])
+        launch(softmax_forward, (atoms,), out, logits, pointers, logits.shape[1], **block)
         return out
 
     def backward(self, alpha: Tensor, grad: Tensor, pointers: Tensor) -> Tensor:
         """Gradient of the logits [E, heads], given the softmax alpha and its gradient."""
         alpha, grad, atoms = alpha.contiguous(), grad.contiguous(), len(pointers) - 1
         out = torch.empty_like(alpha)
-        if atoms:
-            block = softmax_blocks(alpha.shape[1])
-            softmax_backward[(atoms,)](out, alpha, grad, pointers, alpha.shape[1], **block)
+        block = softmax_blocks(alpha.shape[1])
+        launch(softmax_backward, (atoms,), out, alpha, grad, pointers, alpha.shape[1], **block)
         return out

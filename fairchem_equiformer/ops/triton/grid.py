@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fairchem_equiformer.ops.triton.launch import launch
 from fairchem_equiformer.so3.grid import Grid
 
 BLOCK_P = 32  # points at a time
 _LEAST = 16  # of each side of a product
-_COLUMNS = 128
+_COLUMNS = 64
+_TILE = 64 * _COLUMNS  # numbers that a program may hold of each operand
 
 
 @triton.jit
@@ -138,13 +140,22 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def s2_blocks(num_in: int, num_out: int) -> dict[str, int]:
-    """Sizes of a program, and its warps."""
+def s2_blocks(num_in: int, num_out: int, *, narrow: bool) -> dict[str, int]:
+    """Sizes of a program, and its warps.
+
+    Args:
+        num_in: R.
+        num_out: S.
+        narrow: take half of the columns, where otherwise registers would go through memory.
+    """
+    block_r = max(_LEAST, triton.next_power_of_2(num_in))
+    block_s = max(_LEAST, triton.next_power_of_2(num_out))
+    columns = _TILE // max(block_r, block_s, _TILE // _COLUMNS) // (2 if narrow else 1)
     return {
         "BLOCK_P": BLOCK_P,
-        "BLOCK_R": max(_LEAST, triton.next_power_of_2(num_in)),
-        "BLOCK_S": max(_LEAST, triton.next_power_of_2(num_out)),
-        "BLOCK_N": _COLUMNS,
+        "BLOCK_R": block_r,
+        "BLOCK_S": block_s,
+        "BLOCK_N": max(_LEAST, columns),
         "num_warps": 4,
     }
 
@@ -161,16 +172,19 @@ class GridKernels:
         filled = _filled(self.grid)
         items, num_in, channels = x.shape
         num_out = self.grid.from_grid.shape[1]
-        block = s2_blocks(num_in, num_out)
+        kind = precision(x.dtype)
+        narrow = kernel is s2_backward and kind == "tf32x3"
+        block = s2_blocks(num_in, num_out, narrow=narrow)
         columns = items * channels
-        if columns:
-            kernel[(triton.cdiv(columns, block["BLOCK_N"]),)](  # type: ignore[index]
-                *(*tensors, filled.to_grid, filled.from_grid),
-                *(columns, channels, num_in, num_out, *strides),
-                POINTS=len(filled.to_grid),
-                PRECISION=precision(x.dtype),
-                **block,
-            )
+        launch(
+            kernel,
+            (triton.cdiv(columns, block["BLOCK_N"]),),
+            *(*tensors, filled.to_grid, filled.from_grid),
+            *(columns, channels, num_in, num_out, *strides),
+            POINTS=len(filled.to_grid),
+            PRECISION=kind,
+            **block,
+        )
 
     def activation(self, x: Tensor, y: Tensor) -> None:
         """Write G^-1 SiLU(G x) to y [B, S, C], whose items are dense."""

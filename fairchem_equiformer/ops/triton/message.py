@@ -6,13 +6,12 @@ neither turned features nor dense rotations. Each gradient has one writer: no at
 bits at every call.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fairchem_equiformer.ops.triton.launch import launch
 from fairchem_equiformer.ops.triton.rows import Rows, rows_of
 from fairchem_equiformer.so3.layout import Layout
 
@@ -196,7 +195,9 @@ class MessageKernels:
         counts = x.shape[1], self.layout.num_rows, rows.num_weights, rows.num_entries
         return (x.shape[2], *counts)
 
-    def _grid(self, items: int, rows: Rows, block: dict[str, int], channels: int) -> Any:
+    def _programs(
+        self, items: int, rows: Rows, block: dict[str, int], channels: int
+    ) -> tuple[int, int, int]:
         return items, rows.num_degrees, triton.cdiv(channels, block["BLOCK_C"])
 
     def forward(
@@ -227,14 +228,15 @@ class MessageKernels:
         rows, edges, channels = self._rows(x), len(source), x.shape[2]
         out = x.new_empty(edges, self.layout.num_rows, 2 * channels, dtype=dtype)
         block = blocks(self.layout.lmax, channels)
-        if edges:
-            message_forward[self._grid(edges, rows, block, channels)](
-                *(out, x, rotations.contiguous(), radial, source, target),
-                *(rows.row, rows.entry, rows.weight, rows.of_degree),
-                *self._sizes(x, rows),
-                first_target,
-                **block,
-            )
+        launch(
+            message_forward,
+            self._programs(edges, rows, block, channels),
+            *(out, x, rotations.contiguous(), radial, source, target),
+            *(rows.row, rows.entry, rows.weight, rows.of_degree),
+            *self._sizes(x, rows),
+            first_target,
+            **block,
+        )
         return out
 
     def backward_radial(
@@ -252,14 +254,15 @@ class MessageKernels:
         rows, edges, channels = self._rows(x), len(source), x.shape[2]
         radial_grad = torch.empty_like(radial, memory_format=torch.contiguous_format)
         block = blocks(self.layout.lmax, channels)
-        if edges:
-            message_backward_radial[self._grid(edges, rows, block, channels)](
-                *(radial_grad, grad, x, rotations.contiguous(), source, target),
-                *(rows.row, rows.entry, rows.weight, rows.fresh, rows.of_degree),
-                *self._sizes(x, rows),
-                first_target,
-                **block,
-            )
+        launch(
+            message_backward_radial,
+            self._programs(edges, rows, block, channels),
+            *(radial_grad, grad, x, rotations.contiguous(), source, target),
+            *(rows.row, rows.entry, rows.weight, rows.fresh, rows.of_degree),
+            *self._sizes(x, rows),
+            first_target,
+            **block,
+        )
         return radial_grad
 
     def add_to_atoms(
@@ -286,14 +289,15 @@ class MessageKernels:
         """
         rows, channels = self._rows(x_grad), x_grad.shape[2]
         block = blocks(self.layout.lmax, channels)
-        if len(pointers) > 1:
-            message_backward_atoms[self._grid(len(pointers) - 1, rows, block, channels)](
-                *(x_grad, grad.contiguous(), rotations.contiguous(), radial.contiguous()),
-                *(pointers, pointers if order is None else order),
-                *(rows.row, rows.entry, rows.weight, rows.of_degree),
-                *self._sizes(x_grad, rows),
-                first_atom,
-                channels if order is None else 0,
-                SORTED=order is not None,
-                **block,
-            )
+        launch(
+            message_backward_atoms,
+            self._programs(len(pointers) - 1, rows, block, channels),
+            *(x_grad, grad.contiguous(), rotations.contiguous(), radial.contiguous()),
+            *(pointers, pointers if order is None else order),
+            *(rows.row, rows.entry, rows.weight, rows.of_degree),
+            *self._sizes(x_grad, rows),
+            first_atom,
+            channels if order is None else 0,
+            SORTED=order is not None,
+            **block,
+        )
