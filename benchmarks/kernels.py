@@ -125,9 +125,9 @@ def launches(sizes: Sizes, capability: int) -> list[Launch]:
         aggregation = AggregateKernels(edge, out)
         aggregation.forward(rotations, values, alpha, pointers)
         aggregation.backward(rotations, sums, target, values, alpha)
-        logits = LogitKernels(norm, torch.empty(sizes.heads, sizes.alpha_channels), 1e-5)
-        logits.forward(scalars)
-        logits.backward(scalars, alpha)
+        weights = norm, torch.empty(sizes.heads, sizes.alpha_channels)
+        LogitKernels(1e-5).forward(scalars, *weights)
+        LogitKernels(1e-5).backward(scalars, *weights, alpha)
         SoftmaxKernels().forward(alpha, pointers)
         SoftmaxKernels().backward(alpha, alpha, pointers)
         for dtype, kind in (

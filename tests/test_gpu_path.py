@@ -35,7 +35,12 @@ from tests.structures import three_slabs
 from tests.tolerances import assert_close
 
 CACHES = (
-    *(norm._degree_of_coefficient, gate._gate_of_row, edges_module._rows_of, edges_module.truncation_rescale),
+    *(
+        norm._degree_of_coefficient,
+        gate._gate_of_row,
+        edges_module._rows_of,
+        edges_module.truncation_rescale,
+    ),
     *(grid.grid, wigner._tables),
 )
 OPTIONS = {

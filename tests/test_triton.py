@@ -23,8 +23,8 @@ from fairchem_equiformer.ops.attention_softmax import (
     attention_softmax_backward,
 )
 from fairchem_equiformer.ops.choice import VARIABLE
-from fairchem_equiformer.ops.message import message, message_backward
 from fairchem_equiformer.ops.edges import chunk_frames
+from fairchem_equiformer.ops.message import message, message_backward
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
 from fairchem_equiformer.ops.triton import loader
 from fairchem_equiformer.so3.grid import grid

@@ -54,7 +54,7 @@ def logit_kernels(
         return None
     from fairchem_equiformer.ops.triton.attention import LogitKernels
 
-    return LogitKernels(norm, dot, epsilon)
+    return LogitKernels(epsilon)
 
 
 def softmax_kernels(logits: Tensor) -> SoftmaxKernels | None:

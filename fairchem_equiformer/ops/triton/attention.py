@@ -12,6 +12,8 @@ from fairchem_equiformer.ops.triton.launch import launch
 
 _BLOCK_EDGES = 32
 
+Norm = tuple[Tensor, Tensor] | None
+
 
 @triton.jit
 def logits_forward(
@@ -189,40 +191,43 @@ def softmax_blocks(heads: int) -> dict[str, int]:
 class LogitKernels:
     """a . SmoothLeakyReLU(LN(s)) for every head; s is [E, heads, A] in all of them."""
 
-    def __init__(self, norm: tuple[Tensor, Tensor] | None, dot: Tensor, epsilon: float) -> None:
-        self.dot = dot.contiguous()
-        self.norm = norm and tuple(t.contiguous() for t in norm)
+    def __init__(self, epsilon: float) -> None:
         self.epsilon = epsilon
 
-    def _call(self, kernel: object, *tensors: Tensor, scalars: Tensor) -> None:
+    def _call(
+        self, kernel: object, made: tuple[Tensor, ...], scalars: Tensor, norm: Norm, dot: Tensor
+    ) -> None:
         edges, heads, channels = scalars.shape
-        block = logit_blocks(channels)
-        weight, bias = self.norm or (self.dot, self.dot)
+        block, dot = logit_blocks(channels), dot.contiguous()
+        weight, bias = norm or (dot, dot)
         launch(
             kernel,
             (triton.cdiv(edges, block["BLOCK_E"]), heads),
-            *(*tensors, scalars, weight, bias, self.dot),
+            *(*made, scalars, weight.contiguous(), bias.contiguous(), dot),
             *(edges, scalars.stride(0), heads, channels, self.epsilon),
-            NORM=self.norm is not None,
+            NORM=norm is not None,
             **block,
         )
 
-    def forward(self, scalars: Tensor) -> Tensor:
-        """Logits [E, heads]."""
+    def forward(self, scalars: Tensor, norm: Norm, dot: Tensor) -> Tensor:
+        """Logits [E, heads]; the norm is weight and bias [A], dot is a [heads, A]."""
         scalars = _heads_contiguous(scalars)
         out = scalars.new_empty(scalars.shape[:2])
-        self._call(logits_forward, out, scalars=scalars)
+        self._call(logits_forward, (out,), scalars, norm, dot)
         return out
 
-    def backward(self, scalars: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(
+        self, scalars: Tensor, norm: Norm, dot: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of the scalars, of weight and bias of the norm [A], and of a [heads, A]."""
         scalars = _heads_contiguous(scalars)
         edges, heads, channels = scalars.shape
         scalars_grad = scalars.new_empty(scalars.shape)
         programs = triton.cdiv(edges, logit_blocks(channels)["BLOCK_E"])
         sums = scalars.new_zeros(programs, heads, 3, channels, dtype=torch.float32)
-        self._call(logits_backward, scalars_grad, sums, grad.contiguous(), scalars=scalars)
-        totals = sums.sum(0).to(self.dot.dtype)
+        made = scalars_grad, sums, grad.contiguous()
+        self._call(logits_backward, made, scalars, norm, dot)
+        totals = sums.sum(0).to(dot.dtype)
         return scalars_grad, totals[:, 0].sum(0), totals[:, 1].sum(0), totals[:, 2]
 
 
