@@ -88,7 +88,7 @@ def check(args: Namespace, overrides: list[str]) -> None:
     _check_sections(args.config_yml, config)
     if "multitask" in config.get("trainer", ""):
         return  # its data stand elsewhere in the config
-    _check_names(args.config_yml, config)
+    _check_known(args.config_yml, config)
     _check_start(args.config_yml, config["model"])
     _check_losses(args.config_yml, config)
     _check_schedule(args.config_yml, config, args.mode)
@@ -156,7 +156,7 @@ def _check_spelling(file: Path, config: Config) -> None:
         _naming(file, known.check_sections, config)
 
 
-def _check_names(file: Path, config: Config) -> None:
+def _check_known(file: Path, config: Config) -> None:
     """Keys and names within the sections are known."""
     _naming(file, known.check, config)
     _naming(file, policy_of, config["optim"])
