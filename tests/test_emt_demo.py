@@ -331,7 +331,7 @@ class TestRun:
         monkeypatch.setattr(run.Demo, "step", lambda _self, _name, words: commands.append(words))
         monkeypatch.setattr(run.Demo, "checkpoint", lambda *_: None)
         run.train(run.Demo(tmp_path, tmp_path, long=long))
-        assert [option in commands[0] for option in run.LONG_OPTIONS] == [long, long]
+        assert [option in commands[0] for option in run.LONG_OPTIONS] == [long] * 3
 
     def test_missing_result_is_an_error(self, tmp_path):
         demo = run.Demo(tmp_path, tmp_path, quick=True)

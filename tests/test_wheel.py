@@ -52,7 +52,7 @@ def test_predicts_with_its_kernels_what_the_repository_predicts(python, tmp_path
     assert theirs["kernels"].startswith(f"compiled ({python.parents[1]}")
     assert theirs["told"] == []
     for key in ("energy", "forces"):
-        assert_close(torch.tensor(theirs[key]), torch.tensor(ours[key]), "model", name=key)
+        assert_close(torch.tensor(theirs[key]), torch.tensor(ours[key]), "outputs", name=key)
 
 
 def test_reports(python, tmp_path):
