@@ -6,6 +6,7 @@ whatever would make the host wait for their numbers raises.
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 
@@ -24,25 +25,12 @@ from fairchem_equiformer.graph.build import build_graph
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.models.backbone import Embedding
 from fairchem_equiformer.models.readouts import forces, sum_energy
-from fairchem_equiformer.nn import norm
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
-from fairchem_equiformer.ops import edges as edges_module
-from fairchem_equiformer.ops import gate
 from fairchem_equiformer.ops.segments import add_rows, segment_sum, take
-from fairchem_equiformer.so3 import grid, wigner
 from tests.models import KEYS
 from tests.structures import three_slabs
 from tests.tolerances import assert_close
 
-CACHES = (
-    *(
-        norm._degree_of_coefficient,
-        gate._gate_of_row,
-        edges_module._rows_of,
-        edges_module.truncation_rescale,
-    ),
-    *(grid.grid, wigner._tables),
-)
 OPTIONS = {
     "separable grid MLP": {},
     "gate": {"use_gate_act": True, "use_grid_mlp": False, "norm_type": "rms_norm_sh"},
@@ -53,8 +41,11 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def _pretended_tables_are_forgotten():
     yield
-    for cache in CACHES:
-        cache.cache_clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fairchem_equiformer."):
+            for found in vars(module).values():
+                if hasattr(found, "cache_clear"):
+                    found.cache_clear()
 
 
 class NothingFromTheHost(TorchDispatchMode):
