@@ -84,7 +84,7 @@ def test_a_mistyped_switch_is_shown(monkeypatch):
 def test_a_mistyped_choice_of_kernels_is_shown(monkeypatch):
     monkeypatch.setenv(loader.VARIABLE, "fast")
     assert info.report()[KERNELS] == (
-        "none: FAIRCHEM_EQUIFORMER_KERNELS is 'fast', it must be auto, reference, native"
+        "none: FAIRCHEM_EQUIFORMER_KERNELS is 'fast', it must be auto, reference, native, triton"
     )
 
 
