@@ -35,7 +35,10 @@ from fairchem_equiformer.ops.choice import VARIABLE
 
 Record = dict[str, Any]
 MODES = ("fp32", "tf32", "bf16")
-KERNELS = {"ours": "auto", "ours in PyTorch": "reference"}
+KERNELS = {
+    "ours": "triton" if torch.cuda.is_available() else "auto",
+    "ours in PyTorch": "reference",
+}
 IMPLEMENTATIONS = ("stock", *KERNELS)
 COPPER = 2.553  # Angstrom between neighbours
 

@@ -1,8 +1,8 @@
 """Which kernels the ops run: the variable ``FAIRCHEM_EQUIFORMER_KERNELS``.
 
-``auto``, the default, takes the compiled ones on a CPU and Triton's on a GPU, where they can run,
-and PyTorch elsewhere. ``reference`` runs PyTorch alone; ``native`` and ``triton`` refuse to run
-without the kernels that they name.
+``auto``, the default, takes the compiled ones on a CPU, where they can run, and PyTorch elsewhere.
+``reference`` runs PyTorch alone; ``native`` and ``triton`` refuse to run without the kernels that
+they name. Triton's have to be named, since no GPU has run them yet.
 """
 
 from __future__ import annotations

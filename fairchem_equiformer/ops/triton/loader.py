@@ -65,22 +65,22 @@ def supports(*tensors: Tensor, least: int = 7) -> str | None:
 
 
 def usable(op: str, *tensors: Tensor, least: int = 7) -> bool:
-    """Whether the op runs these kernels on these tensors; if not on a GPU, the log says why, once.
+    """Whether the op runs these kernels on these tensors; if not, the log says why, once.
+
+    Only where they were asked for by name: no GPU has run them yet, and until one has and
+    ``benchmarks/gpu.sh`` compared the numbers, ``auto`` means PyTorch there.
 
     Arguments are those of :func:`supports`.
 
     Raises:
         RuntimeError: if they were asked for by name and there is nothing that they could run on.
     """
-    choice = chosen()
-    if choice in ("reference", "native"):
-        return False
-    if choice == "auto" and tensors[0].device.type != "cuda":
+    if chosen() != "triton":
         return False
     reason = supports(*tensors, least=least)
     if reason is None:
         return True
-    if choice == "triton" and (_missing() or not (torch.cuda.is_available() or interpreted())):
+    if _missing() or not (torch.cuda.is_available() or interpreted()):
         raise RuntimeError(f"{VARIABLE} is 'triton', but the kernels cannot be used: {reason}")
     _log(op, reason)
     return False
