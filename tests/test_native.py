@@ -250,7 +250,7 @@ def test_aggregate(degrees, wanted, heads, channels, seed):
         )
         kernels = with_backward("edge_aggregate")
         for ours, expected in by_kernels_and_exactly(sums(frames, out), inputs, kernels):
-            assert_close(ours, expected, "rotate")
+            assert_close(ours, expected, "aggregate")
 
 
 @settings(deadline=None, max_examples=40)

@@ -23,7 +23,8 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "radial": {_F64: 1e-11, _F32: 1e-5},
     "so2_linear": {_F64: 1e-13, _F32: 2e-6},
     "so3_linear": {_F64: 1e-13, _F32: 2e-6, _BF16: 2e-2},
-    "rotate": {_F64: 1e-12, _F32: 5e-6},  # at lmax 8, 3e-6 was seen
+    "rotate": {_F64: 1e-12, _F32: 2e-6},
+    "aggregate": {_F32: 5e-6},  # in kernels to lmax 8, where 3.2e-6 was seen
     "logits": {_F32: 2e-5},  # sums over channels that may all but cancel
     "activation": {_F64: 1e-12, _F32: 5e-6, _BF16: 3e-2},
     "edge_degree": {_F64: 1e-11, _F32: 1e-5, _BF16: 3e-2},

@@ -6,7 +6,6 @@ fairchem-core as it is. What was there before is the attribute ``original`` of w
 
 from __future__ import annotations
 
-import argparse
 import collections
 import collections.abc
 import importlib
