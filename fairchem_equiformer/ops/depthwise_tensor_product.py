@@ -72,15 +72,17 @@ def _product(
     """In PyTorch, for every device and dtype."""
     features = _components_first(x, paths.irreps_in, channels_last=channels_last)
     matrices = harmonics @ paths.couplings(x.dtype, x.device)
-    out: list[Tensor] = [x] * len(paths.paths)
+    parts: list[list[Tensor]] = [[] for _ in paths.irreps_out]
     for path, weight, columns in zip(
         paths.paths, paths.weight_slices, paths.coupling_slices, strict=True
     ):
         size = paths.irreps_out[path.out].ir.dim
         coupled = matrices[:, columns].unflatten(1, (size, -1)) @ features[path.feature]
         weighted = coupled * weights[..., None, weight]
-        out[path.out] = (weighted if channels_last else weighted.transpose(1, 2)).flatten(1)
-    return torch.cat(out, dim=1) if out else x[:, :0]
+        parts[path.out].append(weighted if channels_last else weighted.transpose(1, 2))
+    channels = 2 if channels_last else 1
+    irreps = [torch.cat(part, dim=channels).flatten(1) for part in parts]
+    return torch.cat(irreps, dim=1) if irreps else x[:, :0]
 
 
 def _components_first(x: Tensor, irreps: o3.Irreps, *, channels_last: bool) -> list[Tensor]:

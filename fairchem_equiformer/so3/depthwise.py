@@ -8,6 +8,7 @@ Conventions are those of e3nn, with ``irrep_normalization="component"`` and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class Path(NamedTuple):
     feature: int
     harmonic: int
     out: int
+    channel: int  # its first one among those of the result's irrep
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class DepthwisePaths:
     """All paths of one product; made by :func:`depthwise_paths`.
 
     Weights stand path by path, one for each channel. Irreps of the result are sorted by degree,
-    even ones first, then by path.
+    even ones first; each stands there once, with the channels of its paths one after the other.
     """
 
     irreps_in: o3.Irreps
     irreps_sh: o3.Irreps  # of one channel each
-    irreps_out: o3.Irreps  # not simplified: an irrep for each path
+    irreps_out: o3.Irreps
     paths: tuple[Path, ...]
 
     @cached_property
@@ -69,9 +71,9 @@ class DepthwisePaths:
         return _couplings(self, dtype, device)
 
 
-def _slices(sizes: object) -> tuple[slice, ...]:
+def _slices(sizes: Iterable[int]) -> tuple[slice, ...]:
     found, start = [], 0
-    for size in sizes:  # type: ignore[attr-defined]
+    for size in sizes:
         found.append(slice(start, start + size))
         start += size
     return tuple(found)
@@ -102,10 +104,14 @@ def depthwise_paths(
         for ir in ir_in * ir_sh
         if ir in irreps_wanted or ir == o3.Irrep(0, 1)
     ]
-    order = sorted(range(len(found)), key=lambda i: (found[i][3].l, -found[i][3].p, i))
-    irreps_out = o3.Irreps([found[i][2:] for i in order])
-    paths = tuple(Path(a, b, order.index(i)) for i, (a, b, _, _) in enumerate(found))
-    return DepthwisePaths(irreps_in, irreps_sh, irreps_out, paths)
+    order = sorted({ir for *_, ir in found}, key=lambda ir: (ir.l, -ir.p))
+    channels = dict.fromkeys(order, 0)
+    paths = []
+    for a, b, mul, ir in found:
+        paths.append(Path(a, b, order.index(ir), channels[ir]))
+        channels[ir] += mul
+    irreps_out = o3.Irreps([(channels[ir], ir) for ir in order])
+    return DepthwisePaths(irreps_in, irreps_sh, irreps_out, tuple(paths))
 
 
 @cache
