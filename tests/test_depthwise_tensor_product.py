@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import pytest
@@ -15,7 +16,9 @@ from fairchem_equiformer.ops.depthwise_tensor_product import (
     from_channels_last,
     to_channels_last,
 )
+from fairchem_equiformer.ops.native import loader
 from fairchem_equiformer.so3.depthwise import depthwise_paths
+from tests.kernels import called_kernels, with_backward
 from tests.tolerances import assert_close
 
 DOUBLE = torch.float64
@@ -30,6 +33,14 @@ PRODUCTS = {
     "not sorted": ("2x1o + 3x0e + 2x1o", "1x1o + 1x0e"),
     "one channel": ("1x1e", "1x1e"),
 }
+
+
+@pytest.fixture
+def with_threads():
+    """Set the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def paths_of(features, harmonics):
@@ -195,6 +206,126 @@ def test_turning_and_mirroring_what_goes_in_turns_what_comes_out(mirrored):
     turned = depthwise_tensor_product(x @ turn_x, harmonics @ turn_y, weights, paths)
     expected = depthwise_tensor_product(x, harmonics, weights, paths) @ turn_out
     assert_close(turned, expected, "depthwise")
+
+
+# The compiled kernels, whose channels are multiples of 16
+
+COMPILED = {
+    "is2re": IS2RE,
+    "qm9": ("128x0e + 64x1e + 32x2e", "1x0e + 1x1e + 1x2e"),
+    "degree 4": ("16x0e + 32x1e + 16x2e + 16x3e + 16x4e", "1x0e + 1x1e + 1x2e + 1x3e + 1x4e"),
+    "parity": ("16x0e + 16x0o + 16x1e + 16x1o", "1x0e + 1x1o + 1x2e"),
+    "invariants alone": ("16x0e", "1x0e"),
+}
+
+
+def derivatives(function, tensors):
+    """Value, first and second derivatives, the last through the square of the first."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    value = function(*leaves)
+    flow = torch.linspace(-1, 1, value.numel()).view(value.shape).to(value).requires_grad_()
+    first = torch.autograd.grad(value, leaves, flow, create_graph=True)
+    square = sum(grad.square().sum() for grad in first)
+    second = torch.autograd.grad(square, [*leaves, flow])
+    return [tensor.detach() for tensor in (value, *first, *second)]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("edges", [0, 1, 37])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_equal_the_reference(name, edges, threads, with_threads):
+    paths = paths_of(*COMPILED[name])
+    with_threads(threads)
+    doubles = inputs(paths, edges)
+
+    def product(x, harmonics, weights):
+        return depthwise_tensor_product(x, harmonics, weights, paths, channels_last=True)
+
+    with called_kernels() as called:
+        actual = derivatives(product, [tensor.float() for tensor in doubles])
+    assert called == with_backward("depthwise_product")
+    expected = derivatives(product, doubles)
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, "depthwise", torch.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_on_ends_and_shared_weights(threads, with_threads):
+    paths = paths_of(*COMPILED["qm9"])
+    with_threads(threads)
+    source, target = torch.randint(6, (37,)), torch.randint(4, (37,))
+    ends = [torch.randn(atoms, paths.irreps_in.dim, dtype=DOUBLE) for atoms in (6, 4)]
+    _, harmonics, weights = inputs(paths, 37)
+    doubles = [*ends, harmonics, weights[0]]
+
+    def product(source_features, target_features, harmonics, weights):
+        x = Ends(source_features, target_features, source, target)
+        return depthwise_tensor_product(x, harmonics, weights, paths, channels_last=True)
+
+    with called_kernels() as called:
+        actual = derivatives(product, [tensor.float() for tensor in doubles])
+    assert called == with_backward("depthwise_product")
+    for one, other in zip(actual, derivatives(product, doubles), strict=True):
+        assert_close(one, other, "depthwise", torch.float32)
+
+
+def test_kernels_in_the_order_of_e3nn_and_on_strides():
+    paths = paths_of(*COMPILED["qm9"])
+    tensors = inputs(paths, 5)
+    spread = [torch.stack([t, t], dim=2)[:, :, 0].float() for t in tensors]
+    with called_kernels() as called:
+        actual = depthwise_tensor_product(*spread, paths)
+    assert called == {"depthwise_product"}
+    expected = depthwise_tensor_product(*tensors, paths)
+    assert_close(actual, expected, "depthwise", torch.float32)
+
+
+def test_harmonics_without_a_gradient_get_none():
+    paths = paths_of(*COMPILED["is2re"])
+    x, harmonics, weights = (tensor.float().requires_grad_() for tensor in inputs(paths, 5))
+    harmonics.requires_grad_(False)
+    out = depthwise_tensor_product(x, harmonics, weights, paths, channels_last=True)
+    out.square().sum().backward()
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (x, harmonics, weights)]
+    expected = depthwise_tensor_product(*doubles, paths, channels_last=True)
+    expected.square().sum().backward()
+    assert harmonics.grad is None
+    assert_close(x.grad, doubles[0].grad, "depthwise", torch.float32)
+    assert_close(weights.grad, doubles[2].grad, "depthwise", torch.float32)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_kernels_hide_nothing_that_is_not_finite(bad, place):
+    paths = paths_of(*COMPILED["is2re"])
+    tensors = [tensor.float() for tensor in inputs(paths, 3)]
+    tensors[place][1] = bad
+    with called_kernels() as called:
+        out = depthwise_tensor_product(*tensors, paths, channels_last=True)
+    assert called == {"depthwise_product"}
+    assert out.isfinite().all(1).tolist() == [True, False, True]
+    assert not out[1].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("irreps", "reason"),
+    [
+        (("16x0e + 24x1e", "1x0e + 1x1e"), "not a multiple of 16"),
+        (("16x5e", "1x0e + 1x1e"), "degrees above 4"),
+        (("16x4e", "1x4e"), None),
+        (("4112x0e", "1x0e"), "more than 4096 features"),
+    ],
+)
+def test_sizes_that_no_kernel_takes_run_in_pytorch(irreps, reason, caplog):
+    paths = paths_of(*irreps)
+    tensors = inputs(paths, 2)
+    loader._log_misfit.cache_clear()
+    with caplog.at_level(logging.INFO), called_kernels() as called:
+        actual = depthwise_tensor_product(*(t.float() for t in tensors), paths)
+    assert called == (set() if reason else {"depthwise_product"})
+    assert (reason or "") in caplog.text
+    expected = depthwise_tensor_product(*tensors, paths)
+    assert_close(actual, expected, "depthwise", torch.float32)
 
 
 def test_wrong_shapes_are_named():

@@ -18,12 +18,15 @@ channels reads the result as the rows of a matrix, and the compiled kernel whole
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from e3nn import o3
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops import native
+from fairchem_equiformer.ops.native import DepthwiseKernels
 from fairchem_equiformer.ops.segments import take
 from fairchem_equiformer.so3.depthwise import DepthwisePaths
 
@@ -32,7 +35,7 @@ class Ends(NamedTuple):
     """Features of edges, given as those of their ends: source_features[source] + the other's."""
 
     source_features: Tensor  # [N, irreps_in.dim]
-    target_features: Tensor  # [N, irreps_in.dim]
+    target_features: Tensor  # [M, irreps_in.dim]
     source: Tensor  # [E] int64
     target: Tensor  # [E] int64
 
@@ -48,7 +51,7 @@ def depthwise_tensor_product(
     """Product of features, harmonics and weights; differentiable in each, twice.
 
     Args:
-        x: [E, irreps_in.dim], or what it is the sum of.
+        x: [E, irreps_in.dim], or what it is the sum of, which is then not kept for each edge.
         harmonics: [E, irreps_sh.dim].
         weights: [E, weight_numel], or [weight_numel] for all edges.
         paths: of the product.
@@ -61,17 +64,45 @@ def depthwise_tensor_product(
         ValueError: if the shapes do not belong to the paths or to each other.
     """
     _check(x, harmonics, weights, paths)
-    if isinstance(x, Ends):
-        x = take(x.source_features, 0, x.source) + take(x.target_features, 0, x.target)
-    return _product(x, harmonics, weights, paths, channels_last=channels_last)
+    rows: tuple[Tensor, ...] = x[:2] if isinstance(x, Ends) else (x,)
+    index: Index = x[2:] if isinstance(x, Ends) else (None,)
+    kernels = native.depthwise_kernels(paths, *rows, harmonics, weights)
+    if kernels is not None and not channels_last:
+        rows = tuple(to_channels_last(part, paths.irreps_in) for part in rows)
+    matrices = harmonics @ paths.couplings(harmonics.dtype, harmonics.device)
+    if kernels is None:
+        summed = _sum_of_rows(rows, index)
+        return _product(summed, matrices, weights, paths, channels_last=channels_last)
+    out: Tensor = _Product.apply(kernels, index, matrices, weights, *rows)
+    return out if channels_last else from_channels_last(out, paths.irreps_out)
+
+
+Index = tuple[Tensor | None, ...]  # of each tensor of rows; None where every edge has its own
+
+
+def _sum_of_rows(rows: tuple[Tensor, ...], index: Index) -> Tensor:
+    """Features of the edges [E, irreps_in.dim]."""
+    found = [x if i is None else take(x, 0, i) for x, i in zip(rows, index, strict=True)]
+    return found[0] if len(found) == 1 else found[0] + found[1]
+
+
+def _sums_over_edges(
+    grad: Tensor | None, rows: tuple[Tensor, ...], index: Index
+) -> list[Tensor | None]:
+    """What each row gets of a gradient [E, irreps_in.dim] of its edges."""
+    if grad is None:
+        return [None] * len(rows)
+    return [
+        grad if i is None else torch.zeros_like(x).index_add(0, i, grad)
+        for x, i in zip(rows, index, strict=True)
+    ]
 
 
 def _product(
-    x: Tensor, harmonics: Tensor, weights: Tensor, paths: DepthwisePaths, *, channels_last: bool
+    x: Tensor, matrices: Tensor, weights: Tensor, paths: DepthwisePaths, *, channels_last: bool
 ) -> Tensor:
-    """In PyTorch, for every device and dtype."""
+    """In PyTorch, for every device and dtype; ``matrices`` [E, entries] of the paths."""
     features = _components_first(x, paths.irreps_in, channels_last=channels_last)
-    matrices = harmonics @ paths.couplings(x.dtype, x.device)
     parts: list[list[Tensor]] = [[] for _ in paths.irreps_out]
     for path, weight, columns in zip(
         paths.paths, paths.weight_slices, paths.coupling_slices, strict=True
@@ -83,6 +114,82 @@ def _product(
     channels = 2 if channels_last else 1
     irreps = [torch.cat(part, dim=channels).flatten(1) for part in parts]
     return torch.cat(irreps, dim=1) if irreps else x[:, :0]
+
+
+class _Product(torch.autograd.Function):
+    """With the compiled kernels. Keeps what goes in, and no features of edges but those."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: DepthwiseKernels,
+        index: Index,
+        matrices: Tensor,
+        weights: Tensor,
+        *rows: Tensor,
+    ) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(matrices, weights, *rows, *index)
+        return kernels.forward(rows, index, matrices, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        matrices, weights, *rest = ctx.saved_tensors
+        rows, index = tuple(rest[: len(rest) // 2]), tuple(rest[len(rest) // 2 :])
+        x_grad, matrices_grad, weights_grad = _Gradient.apply(
+            ctx.kernels, ctx.needs_input_grad[2], index, grad, matrices, weights, *rows
+        )
+        return None, None, matrices_grad, weights_grad, *_sums_over_edges(x_grad, rows, index)
+
+
+class _Gradient(torch.autograd.Function):
+    """Gradients of edges' features, matrices and weights, and their own gradients.
+
+    The product T(x, m, w) is linear in each, so that with g the gradient of the result and
+    a, b, c those of what is returned, the whole is
+
+        <g, T(a, m, w) + T(x, b, w) + T(x, m, c)>
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: DepthwiseKernels,
+        of_matrices: bool,
+        index: Index,
+        grad: Tensor,
+        matrices: Tensor,
+        weights: Tensor,
+        *rows: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        ctx.kernels = kernels
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, matrices, weights, *rows, *index)
+        return kernels.backward(rows, index, matrices, weights, grad, of_matrices=of_matrices)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *inner: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, matrices, weights, *rest = ctx.saved_tensors
+        rows, index = tuple(rest[: len(rest) // 2]), tuple(rest[len(rest) // 2 :])
+        outer = _sum_of_rows(rows, index), matrices, weights
+        totals: list[Tensor | None] = [None] * 4  # of grad, x, matrices, weights
+        for place, tensor in enumerate(inner):
+            if tensor is None:
+                continue
+            x, m, w = (tensor if i == place else o for i, o in enumerate(outer))
+            found = [
+                ctx.kernels.forward((x,), (None,), m, w),
+                *ctx.kernels.backward((x,), (None,), m, w, grad, of_matrices=place != 1),
+            ]
+            found[1 + place] = None  # that would be the gradient of what came in
+            totals = [
+                total if part is None else part if total is None else total.add_(part)
+                for total, part in zip(totals, found, strict=True)
+            ]
+        grad_grad, x_grad, matrices_grad, weights_grad = totals
+        rows_grads = _sums_over_edges(x_grad, rows, index)
+        return None, None, None, grad_grad, matrices_grad, weights_grad, *rows_grads
 
 
 def _components_first(x: Tensor, irreps: o3.Irreps, *, channels_last: bool) -> list[Tensor]:
@@ -121,10 +228,9 @@ def _check(x: Tensor | Ends, harmonics: Tensor, weights: Tensor, paths: Depthwis
         "harmonics": (harmonics, (edges, paths.irreps_sh.dim))
     }
     if isinstance(x, Ends):
-        atoms = len(x.source_features)
         wanted |= {
-            "source features": (x.source_features, (atoms, paths.irreps_in.dim)),
-            "target features": (x.target_features, (atoms, paths.irreps_in.dim)),
+            "source features": (x[0], (len(x[0]), paths.irreps_in.dim)),
+            "target features": (x[1], (len(x[1]), paths.irreps_in.dim)),
             "source": (x.source, (edges,)),
             "target": (x.target, (edges,)),
         }

@@ -11,6 +11,10 @@ from fairchem_equiformer.ops.native.attention_softmax import (
     logit_kernels,
     softmax_kernels,
 )
+from fairchem_equiformer.ops.native.depthwise_tensor_product import (
+    DepthwiseKernels,
+    depthwise_kernels,
+)
 from fairchem_equiformer.ops.native.message import MessageKernels, message_kernels
 from fairchem_equiformer.ops.native.radial import (
     GaussianKernels,
@@ -21,12 +25,14 @@ from fairchem_equiformer.ops.native.radial import (
 from fairchem_equiformer.ops.native.s2_grid import GridKernels, grid_kernels
 
 __all__ = [
+    "DepthwiseKernels",
     "GaussianKernels",
     "GridKernels",
     "LogitKernels",
     "MessageKernels",
     "NormSiLUKernels",
     "aggregate_kernels",
+    "depthwise_kernels",
     "gaussian_kernels",
     "grid_kernels",
     "logit_kernels",

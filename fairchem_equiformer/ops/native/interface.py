@@ -101,6 +101,25 @@ class TablesStruct(ctypes.Structure):
     )
 
 
+class ProductStruct(ctypes.Structure):
+    """``struct Product`` of depthwise_tensor_product.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("feature", "size", "channels")),
+        *((name, c_void_p) for name in ("out", "out_size", "out_channels", "weight", "matrix")),
+        *((name, c_int64) for name in ("paths", "features", "outs", "weights", "entries")),
+    )
+
+
+class FeaturesStruct(ctypes.Structure):
+    """``struct Features`` of depthwise_tensor_product.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p * 2) for name in ("tensor", "index")),
+        ("count", c_int64),
+    )
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Norm": NormStruct,
     "Logits": LogitsStruct,
@@ -108,11 +127,14 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Grid": GridStruct,
     "Gaussians": GaussiansStruct,
     "Tables": TablesStruct,
+    "Product": ProductStruct,
+    "Features": FeaturesStruct,
 }
 
 _F, _I, _N, _THREADS = Floats, Indices, c_int64, c_int
 _NORM, _LOGITS, _ROWS = POINTER(NormStruct), POINTER(LogitsStruct), POINTER(RowsStruct)
 _GRID, _GAUSSIANS, _TABLES = POINTER(GridStruct), POINTER(GaussiansStruct), POINTER(TablesStruct)
+_PRODUCT, _FEATURES = POINTER(ProductStruct), POINTER(FeaturesStruct)
 
 # Result and arguments of every function, in the order of the C++ files.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -154,6 +176,13 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "layer_norm_silu": (None, (_NORM, _N, _F, _F, _N, _THREADS)),
     "norm_block": (c_int64, ()),
     "layer_norm_silu_backward": (None, (_NORM, _N, _F, _F, _F, _F, _N, _THREADS)),
+    # depthwise_tensor_product.cpp
+    "depthwise_misfit": (c_char_p, (_PRODUCT,)),
+    "depthwise_product": (None, (_PRODUCT, _FEATURES, _F, _F, _N, _F, _N, _THREADS)),
+    "depthwise_product_backward": (
+        None,
+        (_PRODUCT, _FEATURES, _F, _F, _N, _F, _F, _F, _F, _N, _THREADS),
+    ),
 }
 
 
