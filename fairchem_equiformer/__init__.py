@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fairchem_equiformer.calculator import EquiformerCalculator
+    from fairchem_equiformer.fairchem1.data.md17 import MD17Dataset
     from fairchem_equiformer.fairchem1.data.noisy_nodes import NoisyNodesLmdb
     from fairchem_equiformer.fairchem1.data.qm9 import QM9Dataset
     from fairchem_equiformer.fairchem1.loss import MaskedMAE
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         ForceHead,
         StressHead,
     )
-    from fairchem_equiformer.fairchem1.trainer import AuxiliaryTaskTrainer
+    from fairchem_equiformer.fairchem1.trainer import AuxiliaryTaskTrainer, GradientForcesTrainer
 
 __all__ = [
     "AuxiliaryTaskTrainer",
@@ -41,6 +42,8 @@ __all__ = [
     "EquiformerV2",
     "EquiformerV2Backbone",
     "ForceHead",
+    "GradientForcesTrainer",
+    "MD17Dataset",
     "MaskedMAE",
     "NoisyNodesLmdb",
     "QM9Dataset",
@@ -64,6 +67,8 @@ _MODELS = (
 _MODULES = {
     "AuxiliaryTaskTrainer": "fairchem1.trainer",
     "EquiformerCalculator": "calculator",
+    "GradientForcesTrainer": "fairchem1.trainer",
+    "MD17Dataset": "fairchem1.data.md17",
     "MaskedMAE": "fairchem1.loss",
     "NoisyNodesLmdb": "fairchem1.data.noisy_nodes",
     "QM9Dataset": "fairchem1.data.qm9",

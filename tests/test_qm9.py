@@ -114,7 +114,7 @@ class TestPartition:
     @pytest.mark.parametrize(
         ("sizes", "message"),
         [
-            ((20, 4), "num_train and num_val are 20 and 4, which leaves no molecule for testing"),
+            ((20, 4), "num_train and num_val are 20 and 4, which leaves nothing for testing"),
             ((0, 4), "num_train is 0, it must be a whole number above 0"),
             ((4, "2"), "num_val is '2', it must be a whole number above 0"),
         ],
@@ -527,4 +527,4 @@ class TestBadInput:
         text = message("--dataset.train.train_split_settings.noisy_nodes.sigma=0.1", src=src)
         assert "dataset.train: noisy_nodes: " in text
         text = message("--dataset.train.num_val=8", src=src)
-        assert "dataset.train: num_train and num_val are 16 and 8, which leaves no" in text
+        assert "dataset.train: num_train and num_val are 16 and 8, which leaves nothing" in text

@@ -53,7 +53,7 @@ SCHEDULER_PARAMS = _words(
 SPLIT = _words(
     "a2g_args ase_read_args atoms_transform_args connect_args data2train first_n format"
     " grad_target_mean grad_target_std include_relaxed_energy index_file keep_in_memory"
-    " key_mapping lin_ref max_atoms metadata_path no_shuffle noisy_nodes normalize_labels"
+    " key_mapping lin_ref max_atoms metadata_path molecule no_shuffle noisy_nodes normalize_labels"
     " num_train num_val oc20_ref pattern sample_n seed select_args shard split src subset_to"
     " target target_mean target_std test_split_settings total_shards"
     " train_on_oc20_total_energies train_split_settings transforms use_train_settings use_tqdm"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 AUXILIARY_TASK_TRAINER = "fairchem_equiformer.AuxiliaryTaskTrainer"
+GRADIENT_FORCES_TRAINER = "fairchem_equiformer.GradientForcesTrainer"
+MD17_DATASET = "fairchem_equiformer.MD17Dataset"
 NOISY_NODES_LMDB = "fairchem_equiformer.NoisyNodesLmdb"
 QM9_DATASET = "fairchem_equiformer.QM9Dataset"
 

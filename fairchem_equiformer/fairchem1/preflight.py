@@ -29,6 +29,8 @@ from fairchem_equiformer.fairchem1 import known, lmdb_files, saving
 from fairchem_equiformer.fairchem1.guard import policy_of
 from fairchem_equiformer.fairchem1.names import (
     AUXILIARY_TASK_TRAINER,
+    GRADIENT_FORCES_TRAINER,
+    MD17_DATASET,
     NOISY_NODES_LMDB,
     QM9_DATASET,
     todays_name,
@@ -57,7 +59,7 @@ ASE_FORMATS = frozenset({"ase_db", "ase_read", "ase_read_multi"})
 ASE_LABELS = frozenset({"energy", "forces", "stress"})
 LBFGS_OPTIONS = frozenset({"maxstep", "memory", "damping", "alpha", "traj_dir"})
 ENERGY_TRAINERS = frozenset({"equiformerv2_energy", AUXILIARY_TASK_TRAINER})
-SCHEDULE_IN_EPOCHS = ENERGY_TRAINERS | {"equiformerv2_forces"}
+SCHEDULE_IN_EPOCHS = ENERGY_TRAINERS | {"equiformerv2_forces", GRADIENT_FORCES_TRAINER}
 # fairchem's own, by all of their names: a checkpoint holds that of the task.
 PLAIN_TRAINERS = frozenset({"ocp", "energy", "forces", "s2ef", "is2re"})
 _PACKAGE = "fairchem_equiformer."
@@ -103,7 +105,7 @@ def check(args: Namespace, overrides: list[str]) -> None:
         _check_sids(splits["relax"])
     if not (args.submit or args.cpu):
         _check_gpus(args.num_gpus)
-    _check_qm9(args.config_yml, splits)
+    _check_downloads(args.config_yml, splits)
 
 
 def read_config(path: Path, overrides: list[str]) -> Config:
@@ -375,13 +377,14 @@ def _labels(config: Config, split: Config) -> set[str]:
     return targets & ASE_LABELS
 
 
-def _check_qm9(file: Path, splits: dict[str, Config]) -> None:
-    """QM9 is there, or is downloaded now: by one process, where there is internet access."""
+def _check_downloads(file: Path, splits: dict[str, Config]) -> None:
+    """The data are there, or are downloaded now: by one process, where there is internet access."""
     for name, split in splits.items():
-        if split.get("src") and todays_name(split.get("format")) == QM9_DATASET:
+        form = todays_name(split.get("format"))
+        if split.get("src") and form in (QM9_DATASET, MD17_DATASET):
             settings = split | (split.get(f"{name}_split_settings") or {})
             try:
-                registry.get_dataset_class(QM9_DATASET)(settings)
+                registry.get_dataset_class(form)(settings)
             except (OSError, ValueError) as error:
                 raise InputError(f"{file}: dataset.{name}: {error}") from error
 

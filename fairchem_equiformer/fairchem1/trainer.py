@@ -1,10 +1,12 @@
-"""A trainer for energies with an auxiliary task whose weight falls."""
+"""Trainers: for energies with an auxiliary task, and for forces that are the energy's gradient."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from fairchem.core.models.equiformer_v2.trainers.energy_trainer import EquiformerV2EnergyTrainer
+from fairchem.core.models.equiformer_v2.trainers.forces_trainer import EquiformerV2ForcesTrainer
+from fairchem.core.modules.normalization.normalizer import create_normalizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,3 +51,30 @@ class AuxiliaryTaskTrainer(EquiformerV2EnergyTrainer):
         for info, first, last in self._changing:
             info["coefficient"] = first + (last - first) * progress
         return super()._compute_loss(out, batch)
+
+
+class GradientForcesTrainer(EquiformerV2ForcesTrainer):
+    """fairchem's ``equiformerv2_forces``, for models whose forces are the energy's gradient.
+
+    The gradient of a scaled energy is a scaled force: forces are scaled as the energy is, whatever
+    the config says of the energy. It says nothing of the forces.
+
+    Raises:
+        ValueError: if the config has a normaliser of the forces.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # As above, but of forces: the beginning of s2ef_predictions.npz.
+        super().__init__(*args, **{**kwargs, "name": "s2ef"})
+
+    def load_references_and_normalizers(self) -> None:
+        """Read or fit fairchem's, and add that of the forces."""
+        super().load_references_and_normalizers()
+        if "forces" in self.normalizers:
+            raise ValueError(
+                "dataset.train.transforms.normalizer has `forces`, which this trainer scales as"
+                " the energy: delete it"
+            )
+        if energy := self.normalizers.get("energy"):
+            scale = energy.rmsd.item()
+            self.normalizers["forces"] = create_normalizer(mean=0.0, rmsd=scale).to(self.device)

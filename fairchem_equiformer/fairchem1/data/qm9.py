@@ -6,7 +6,6 @@ partition, and energies counted from those of the free atoms.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch_geometric.datasets.qm9 import atomrefs
 from tqdm import tqdm
 
 from fairchem_equiformer.fairchem1.data.noisy_nodes import corrupt, item_generator, noise_of
+from fairchem_equiformer.fairchem1.data.partition import SPLITS, choice, partition
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ cal/(mol K) (cv), eV (the others)."""
 ELEMENTS = (1, 6, 7, 8, 9)
 """Atomic numbers in QM9. The model sees their place in this list, and has five elements."""
 
-SPLITS = ("train", "val", "test")
 NUM_MOLECULES = 130_831
 NUM_TRAIN, NUM_VAL = 110_000, 10_000
 
@@ -82,8 +81,8 @@ class QM9Dataset(BaseDataset):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        split = _choice("split", config.get("split"), SPLITS)
-        target = _choice("target", config.get("target"), TARGETS)
+        split = choice("split", config.get("split"), SPLITS)
+        target = choice("target", config.get("target"), TARGETS)
         if len(self.paths) != 1:
             raise ValueError(f"src is {config.get('src')!r}, it must be one folder")
         self.noise = noise_of(config)
@@ -116,30 +115,6 @@ class QM9Dataset(BaseDataset):
             target=self.values[member : member + 1],
             denoising=denoising,
         )
-
-
-def partition(count: int, num_train: int, num_val: int) -> dict[str, np.ndarray]:
-    """Equiformer's partition of QM9: one random order, cut at two places.
-
-    The order is numpy's default generator's, seeded with 1, which TorchMD-NET and Equiformer share.
-
-    Returns:
-        Indices of molecules by split.
-
-    Raises:
-        ValueError: if a part would be empty.
-    """
-    for key, size in {"num_train": num_train, "num_val": num_val}.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{key} is {size!r}, it must be a whole number above 0")
-    if num_train + num_val >= count:
-        raise ValueError(
-            f"num_train and num_val are {num_train} and {num_val}, which leaves no molecule for "
-            f"testing: src holds {count} (all of QM9 are {NUM_MOLECULES})"
-        )
-    order = np.random.default_rng(1).permutation(count)
-    parts = np.split(order, [num_train, num_train + num_val])
-    return dict(zip(SPLITS, parts, strict=True))
 
 
 def atom_energies(target: str) -> Tensor:
@@ -253,11 +228,3 @@ class _QM9(datasets.QM9):
         except Exception as error:  # of many kinds, by where a file is damaged
             raise OSError(f"{RAW} is damaged: {error!r}") from error
         self.save([Data(**molecule) for molecule in tqdm(molecules)], self.processed_paths[0])
-
-
-def _choice(key: str, value: object, choices: tuple[str, ...]) -> str:
-    if isinstance(value, str) and value in choices:
-        return value
-    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{key} is {value!r}, it must be one of {', '.join(choices)}{hint}")
