@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fairchem_equiformer.ops.triton.functions import row_of_rotation
 from fairchem_equiformer.ops.triton.launch import launch
 from fairchem_equiformer.ops.triton.message import LARGEST_BLOCK, blocks
 from fairchem_equiformer.ops.triton.rows import rows_of
@@ -50,9 +51,7 @@ def aggregate_forward(
         share = tl.load(alpha + edge * num_heads + c // head_channels, mask=in_c, other=0.0)
         share = share.to(tl.float32)
         for i in range(first_row, last_row):
-            turn = tl.load(
-                rotations + edge * num_entries + tl.load(entry + i) + k, mask=in_degree, other=0.0
-            ).to(tl.float32)
+            turn = row_of_rotation(rotations, entry, i, edge, num_entries, k, in_degree)
             value = values + (edge * num_rows + tl.load(row + i)) * channels + c
             weighted = share * tl.load(value, mask=in_c, other=0.0).to(tl.float32)
             total += turn[:, None] * weighted[None, :]
@@ -112,9 +111,7 @@ def aggregate_backward(
         at_target = tl.load(atom + tile, mask=in_degree[:, None] & in_c[None, :], other=0.0)
         at_target = at_target.to(tl.float32) * tl.load(rescale + degree)
         for i in range(tl.load(of_degree + degree), tl.load(of_degree + degree + 1)):
-            turn = tl.load(
-                rotations + edge * num_entries + tl.load(entry + i) + k, mask=in_degree, other=0.0
-            ).to(tl.float32)
+            turn = row_of_rotation(rotations, entry, i, edge, num_entries, k, in_degree)
             turned = tl.sum(turn[:, None] * at_target, axis=0)
             offset = (edge * num_rows + tl.load(row + i)) * channels + c
             total += turned * tl.load(values + offset, mask=in_c, other=0.0).to(tl.float32)

@@ -16,6 +16,50 @@ Norm = tuple[Tensor, Tensor] | None
 
 
 @triton.jit
+def _normalised(
+    scalars,
+    weight,
+    bias,
+    edge,
+    head,
+    a,
+    inside,
+    in_a,
+    stride,
+    channels,
+    epsilon,
+    NORM: tl.constexpr,
+):
+    """What the leaky ReLU reads [BLOCK_E, BLOCK_A], and what it was made of.
+
+    Returns:
+        LN(s), or s; before weight and bias; 1 / standard deviation [BLOCK_E]; weight [BLOCK_A].
+    """
+    found = scalars + edge[:, None] * stride + head * channels + a[None, :]
+    s = tl.load(found, mask=inside, other=0.0).to(tl.float32)
+    normal, inverse_std = s, tl.zeros_like(edge).to(tl.float32)
+    gain = tl.zeros_like(a).to(tl.float32)
+    if NORM:
+        mean = tl.sum(s, axis=1) / channels
+        normal = tl.where(inside, s - mean[:, None], 0.0)
+        inverse_std = 1 / tl.sqrt(tl.sum(normal * normal, axis=1) / channels + epsilon)
+        normal = normal * inverse_std[:, None]
+        gain = tl.load(weight + a, mask=in_a, other=0.0).to(tl.float32)
+        shift = tl.load(bias + a, mask=in_a, other=0.0).to(tl.float32)
+        s = normal * gain[None, :] + shift[None, :]
+    return s, normal, inverse_std, gain
+
+
+@triton.jit
+def _of_some_edges(values, first, stop, head, num_heads, other, BLOCK_E: tl.constexpr):
+    """Numbers of each head for the edges from ``first`` on: [BLOCK_E, BLOCK_H]; and where."""
+    edge = first + tl.arange(0, BLOCK_E)
+    inside = (edge < stop)[:, None] & (head < num_heads)[None, :]
+    offset = edge[:, None] * num_heads + head[None, :]
+    return tl.load(values + offset, mask=inside, other=other).to(tl.float32), offset, inside
+
+
+@triton.jit
 def logits_forward(
     out,  # [E, heads]
     scalars,  # [E, heads, A], edges may lie apart
@@ -37,17 +81,9 @@ def logits_forward(
     a = tl.arange(0, BLOCK_A)
     in_a = a < channels
     inside = (edge < edges)[:, None] & in_a[None, :]
-    s = tl.load(
-        scalars + edge[:, None] * stride + head * channels + a[None, :], mask=inside, other=0
+    s, _, _, _ = _normalised(
+        scalars, weight, bias, edge, head, a, inside, in_a, stride, channels, epsilon, NORM
     )
-    s = s.to(tl.float32)
-    if NORM:
-        mean = tl.sum(s, axis=1) / channels
-        s = tl.where(inside, s - mean[:, None], 0.0)
-        inverse_std = 1 / tl.sqrt(tl.sum(s * s, axis=1) / channels + epsilon)
-        gain = tl.load(weight + a, mask=in_a, other=0.0).to(tl.float32)
-        shift = tl.load(bias + a, mask=in_a, other=0.0).to(tl.float32)
-        s = s * inverse_std[:, None] * gain[None, :] + shift[None, :]
     y = 0.6 * s + 0.4 * s * (2 * tl.sigmoid(s) - 1)
     factor = tl.load(dot + head * channels + a, mask=in_a, other=0.0).to(tl.float32)
     logits = tl.sum(y * factor[None, :], axis=1)
@@ -78,21 +114,10 @@ def logits_backward(
     a = tl.arange(0, BLOCK_A)
     in_a, in_e = a < channels, edge < edges
     inside = in_e[:, None] & in_a[None, :]
-    s = tl.load(
-        scalars + edge[:, None] * stride + head * channels + a[None, :], mask=inside, other=0
+    s, normal, inverse_std, gain = _normalised(
+        scalars, weight, bias, edge, head, a, inside, in_a, stride, channels, epsilon, NORM
     )
-    s = s.to(tl.float32)
     own = sums + (tl.program_id(0).to(tl.int64) * num_heads + head) * 3 * channels + a
-    normal, inverse_std = s, tl.zeros([BLOCK_E], tl.float32)
-    gain = tl.zeros([BLOCK_A], tl.float32)
-    if NORM:
-        mean = tl.sum(s, axis=1) / channels
-        normal = tl.where(inside, s - mean[:, None], 0.0)
-        inverse_std = 1 / tl.sqrt(tl.sum(normal * normal, axis=1) / channels + epsilon)
-        normal = normal * inverse_std[:, None]
-        gain = tl.load(weight + a, mask=in_a, other=0.0).to(tl.float32)
-        shift = tl.load(bias + a, mask=in_a, other=0.0).to(tl.float32)
-        s = normal * gain[None, :] + shift[None, :]
     gate = tl.sigmoid(s)
     y = 0.6 * s + 0.4 * s * (2 * gate - 1)
     slope = 0.2 + 0.8 * (gate + s * gate * (1 - gate))
@@ -126,25 +151,18 @@ def softmax_forward(
     head = tl.arange(0, BLOCK_H)
     peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
     for first in range(start, stop, BLOCK_E):
-        edge = first + tl.arange(0, BLOCK_E)
-        inside = (edge < stop)[:, None] & (head < num_heads)[None, :]
-        offset = edge[:, None] * num_heads + head[None, :]
-        z = tl.load(logits + offset, mask=inside, other=float("-inf")).to(tl.float32)
+        z, _, _ = _of_some_edges(logits, first, stop, head, num_heads, float("-inf"), BLOCK_E)
         peak = tl.maximum(peak, tl.max(z, axis=0))
     peak = tl.where(head < num_heads, peak, 0.0)
     total = tl.zeros([BLOCK_H], tl.float32)
     for first in range(start, stop, BLOCK_E):
-        edge = first + tl.arange(0, BLOCK_E)
-        inside = (edge < stop)[:, None] & (head < num_heads)[None, :]
-        offset = edge[:, None] * num_heads + head[None, :]
-        z = tl.load(logits + offset, mask=inside, other=float("-inf")).to(tl.float32)
+        z, _, _ = _of_some_edges(logits, first, stop, head, num_heads, float("-inf"), BLOCK_E)
         total += tl.sum(tl.exp(z - peak[None, :]), axis=0)
     total = tl.where(head < num_heads, total, 1.0)
     for first in range(start, stop, BLOCK_E):
-        edge = first + tl.arange(0, BLOCK_E)
-        inside = (edge < stop)[:, None] & (head < num_heads)[None, :]
-        offset = edge[:, None] * num_heads + head[None, :]
-        z = tl.load(logits + offset, mask=inside, other=float("-inf")).to(tl.float32)
+        z, offset, inside = _of_some_edges(
+            logits, first, stop, head, num_heads, float("-inf"), BLOCK_E
+        )
         tl.store(out + offset, tl.exp(z - peak[None, :]) / total[None, :], mask=inside)
 
 
@@ -164,17 +182,12 @@ def softmax_backward(
     head = tl.arange(0, BLOCK_H)
     total = tl.zeros([BLOCK_H], tl.float32)
     for first in range(start, stop, BLOCK_E):
-        edge = first + tl.arange(0, BLOCK_E)
-        inside = (edge < stop)[:, None] & (head < num_heads)[None, :]
-        offset = edge[:, None] * num_heads + head[None, :]
-        share = tl.load(alpha + offset, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(share * tl.load(grad + offset, mask=inside, other=0.0), axis=0)
+        share, _, _ = _of_some_edges(alpha, first, stop, head, num_heads, 0.0, BLOCK_E)
+        flow, _, _ = _of_some_edges(grad, first, stop, head, num_heads, 0.0, BLOCK_E)
+        total += tl.sum(share * flow, axis=0)
     for first in range(start, stop, BLOCK_E):
-        edge = first + tl.arange(0, BLOCK_E)
-        inside = (edge < stop)[:, None] & (head < num_heads)[None, :]
-        offset = edge[:, None] * num_heads + head[None, :]
-        share = tl.load(alpha + offset, mask=inside, other=0.0).to(tl.float32)
-        flow = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
+        share, _, _ = _of_some_edges(alpha, first, stop, head, num_heads, 0.0, BLOCK_E)
+        flow, offset, inside = _of_some_edges(grad, first, stop, head, num_heads, 0.0, BLOCK_E)
         tl.store(logits_grad + offset, share * (flow - total[None, :]), mask=inside)
 
 

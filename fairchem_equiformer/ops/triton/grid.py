@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fairchem_equiformer.ops.triton.functions import silu_slope
 from fairchem_equiformer.ops.triton.launch import launch
 from fairchem_equiformer.so3.grid import Grid
 
@@ -20,6 +21,45 @@ BLOCK_P = 32  # points at a time
 _LEAST = 16  # of each side of a product
 _COLUMNS = 64
 _TILE = 64 * _COLUMNS  # numbers that a program may hold of each operand
+
+
+@triton.jit
+def _columns(
+    columns,
+    channels,
+    num_in,
+    num_out,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where a program's columns are: item and channel, rows in and out, and which exist."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r, s = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_S)[:, None]
+    item, c = (column // channels)[None, :], (column % channels)[None, :]
+    in_columns = (column < columns)[None, :]
+    return (
+        item,
+        r * channels + c,
+        s * channels + c,
+        (r < num_in) & in_columns,
+        (s < num_out) & in_columns,
+    )
+
+
+@triton.jit
+def _samples(
+    to_grid,
+    first,
+    coefficients,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """G x at the points from ``first`` on."""
+    p, r = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_R)
+    forth = tl.load(to_grid + (first + p)[:, None] * BLOCK_R + r[None, :])
+    return tl.dot(forth, coefficients, input_precision=PRECISION)
 
 
 @triton.jit
@@ -42,23 +82,18 @@ def s2_forward(
     PRECISION: tl.constexpr,
 ):
     """y = G^-1 SiLU(G x), for some columns."""
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    item, c = column // channels, column % channels
-    p, r, s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
-    inside = (r < num_in)[:, None] & (column < columns)[None, :]
-    coefficients = tl.load(
-        x + (item * x_stride + c)[None, :] + r[:, None] * channels, mask=inside, other=0.0
+    item, row_in, row_out, inside_in, inside_out = _columns(
+        columns, channels, num_in, num_out, BLOCK_R, BLOCK_S, BLOCK_N
     )
+    p, s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
+    coefficients = tl.load(x + item * x_stride + row_in, mask=inside_in, other=0.0)
     total = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
     for first in range(0, POINTS, BLOCK_P):
-        forth = tl.load(to_grid + (first + p)[:, None] * BLOCK_R + r[None, :])
-        samples = tl.dot(forth, coefficients, input_precision=PRECISION)
+        samples = _samples(to_grid, first, coefficients, BLOCK_P, BLOCK_R, PRECISION)
         samples = samples * tl.sigmoid(samples)
         back = tl.load(from_grid + (first + p)[None, :] * BLOCK_S + s[:, None])
         total += tl.dot(back, samples.to(back.dtype), input_precision=PRECISION)
-    inside = (s < num_out)[:, None] & (column < columns)[None, :]
-    made = out + (item * out_stride + c)[None, :] + s[:, None] * channels
-    tl.store(made, total, mask=inside)
+    tl.store(out + item * out_stride + row_out, total, mask=inside_out)
 
 
 @triton.jit
@@ -82,29 +117,20 @@ def s2_backward(
     PRECISION: tl.constexpr,
 ):
     """dx = G^T (SiLU'(G x) * G^-1^T dy), for some columns."""
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    item, c = column // channels, column % channels
-    p, r, s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
-    inside = (r < num_in)[:, None] & (column < columns)[None, :]
-    of_row = r[:, None] * channels
-    coefficients = tl.load(x + (item * x_stride + c)[None, :] + of_row, mask=inside, other=0.0)
-    flow = tl.load(
-        grad + (item * grad_stride + c)[None, :] + s[:, None] * channels,
-        mask=(s < num_out)[:, None] & (column < columns)[None, :],
-        other=0.0,
+    item, row_in, row_out, inside_in, inside_out = _columns(
+        columns, channels, num_in, num_out, BLOCK_R, BLOCK_S, BLOCK_N
     )
+    p, r, s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
+    coefficients = tl.load(x + item * x_stride + row_in, mask=inside_in, other=0.0)
+    flow = tl.load(grad + item * grad_stride + row_out, mask=inside_out, other=0.0)
     total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for first in range(0, POINTS, BLOCK_P):
-        forth = tl.load(to_grid + (first + p)[:, None] * BLOCK_R + r[None, :])
-        samples = tl.dot(forth, coefficients, input_precision=PRECISION)
-        gate = tl.sigmoid(samples)
-        slope = gate * (1 + samples * (1 - gate))
+        samples = _samples(to_grid, first, coefficients, BLOCK_P, BLOCK_R, PRECISION)
         back = tl.load(from_grid + (first + p)[:, None] * BLOCK_S + s[None, :])
-        samples_grad = tl.dot(back, flow, input_precision=PRECISION) * slope
-        forth_again = tl.load(to_grid + (first + p)[None, :] * BLOCK_R + r[:, None])
-        total += tl.dot(forth_again, samples_grad.to(forth.dtype), input_precision=PRECISION)
-    found = x_grad + (item * num_in * channels + c)[None, :] + of_row
-    tl.store(found, total, mask=inside)
+        samples_grad = tl.dot(back, flow, input_precision=PRECISION) * silu_slope(samples)
+        forth = tl.load(to_grid + (first + p)[None, :] * BLOCK_R + r[:, None])
+        total += tl.dot(forth, samples_grad.to(forth.dtype), input_precision=PRECISION)
+    tl.store(x_grad + item * num_in * channels + row_in, total, mask=inside_in)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fairchem_equiformer.ops.triton.functions import row_of_rotation
 from fairchem_equiformer.ops.triton.launch import launch
 from fairchem_equiformer.ops.triton.rows import Rows, rows_of
 from fairchem_equiformer.so3.layout import Layout
 
 LARGEST_BLOCK = 128  # channels of a program: four for each thread of one warp
+
+
+@triton.jit
+def _both_ends(
+    x, source, target, first_target, edge, degree, k, c, inside, num_coefficients, channels
+):
+    """Coefficients of one degree at an edge's source and target, each [BLOCK_K, BLOCK_C]."""
+    tile = (degree * degree + k)[:, None] * channels + c[None, :]
+    atom = num_coefficients * channels
+    at_source = x + tl.load(source + edge) * atom + tile
+    at_target = x + (tl.load(target + edge) + first_target) * atom + tile
+    return (
+        tl.load(at_source, mask=inside, other=0.0).to(tl.float32),
+        tl.load(at_target, mask=inside, other=0.0).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -45,18 +61,12 @@ def message_forward(
     k = tl.arange(0, BLOCK_K)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_degree, in_c = k < 2 * degree + 1, c < channels
-    tile = (degree * degree + k)[:, None] * channels + c[None, :]
     inside = in_degree[:, None] & in_c[None, :]
-    atom = num_coefficients * channels
-    at_source = tl.load(x + tl.load(source + edge) * atom + tile, mask=inside, other=0.0)
-    at_target = tl.load(
-        x + (tl.load(target + edge) + first_target) * atom + tile, mask=inside, other=0.0
+    at_source, at_target = _both_ends(
+        x, source, target, first_target, edge, degree, k, c, inside, num_coefficients, channels
     )
-    at_source, at_target = at_source.to(tl.float32), at_target.to(tl.float32)
     for i in range(tl.load(of_degree + degree), tl.load(of_degree + degree + 1)):
-        turn = tl.load(
-            rotations + edge * num_entries + tl.load(entry + i) + k, mask=in_degree, other=0.0
-        ).to(tl.float32)[:, None]
+        turn = row_of_rotation(rotations, entry, i, edge, num_entries, k, in_degree)[:, None]
         scale = radial + (edge * num_weights + tl.load(weight + i)) * 2 * channels + c
         made = out + (edge * num_rows + tl.load(row + i)) * 2 * channels + c
         from_source = tl.sum(turn * at_source, axis=0)
@@ -94,20 +104,14 @@ def message_backward_radial(
     k = tl.arange(0, BLOCK_K)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_degree, in_c = k < 2 * degree + 1, c < channels
-    tile = (degree * degree + k)[:, None] * channels + c[None, :]
     inside = in_degree[:, None] & in_c[None, :]
-    atom = num_coefficients * channels
-    at_source = tl.load(x + tl.load(source + edge) * atom + tile, mask=inside, other=0.0)
-    at_target = tl.load(
-        x + (tl.load(target + edge) + first_target) * atom + tile, mask=inside, other=0.0
+    at_source, at_target = _both_ends(
+        x, source, target, first_target, edge, degree, k, c, inside, num_coefficients, channels
     )
-    at_source, at_target = at_source.to(tl.float32), at_target.to(tl.float32)
     total_source = tl.zeros([BLOCK_C], tl.float32)
     total_target = tl.zeros([BLOCK_C], tl.float32)
     for i in range(tl.load(of_degree + degree), tl.load(of_degree + degree + 1)):
-        turn = tl.load(
-            rotations + edge * num_entries + tl.load(entry + i) + k, mask=in_degree, other=0.0
-        ).to(tl.float32)[:, None]
+        turn = row_of_rotation(rotations, entry, i, edge, num_entries, k, in_degree)[:, None]
         flow = grad + (edge * num_rows + tl.load(row + i)) * 2 * channels + c
         first = tl.load(fresh + i) != 0  # the rows of one weight follow each other
         total_source = tl.where(first, 0.0, total_source)
@@ -158,9 +162,7 @@ def message_backward_atoms(
         if SORTED:
             edge = tl.load(order + j)
         for i in range(first_row, last_row):
-            turn = tl.load(
-                rotations + edge * num_entries + tl.load(entry + i) + k, mask=in_degree, other=0.0
-            ).to(tl.float32)
+            turn = row_of_rotation(rotations, entry, i, edge, num_entries, k, in_degree)
             flow = grad + (edge * num_rows + tl.load(row + i)) * 2 * channels + half + c
             scale = radial + (edge * num_weights + tl.load(weight + i)) * 2 * channels + half + c
             scaled = tl.load(flow, mask=in_c, other=0.0).to(tl.float32)
