@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fairchem_equiformer import EquiformerV2
 from fairchem_equiformer.graph.build import build_graph
 from fairchem_equiformer.graph.edges import prepare_edges
+from fairchem_equiformer.graph.padding import filled_up
+from fairchem_equiformer.models import EnergyHead, EquiformerV2Hydra, ForceHead, StressHead
 from fairchem_equiformer.models.backbone import Embedding
 from fairchem_equiformer.models.readouts import forces, sum_energy
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
@@ -36,6 +38,9 @@ OPTIONS = {
     "gate": {"use_gate_act": True, "use_grid_mlp": False, "norm_type": "rms_norm_sh"},
     "S2": {"use_sep_s2_act": False, "use_grid_mlp": False, "norm_type": "layer_norm"},
 }
+
+
+VECTORS = ("vector", "distance")
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +109,18 @@ def pretended(monkeypatch):
         )
 
 
+def pretend_on(model, pretended):
+    """Take from a model its numbers."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            held.update({key: pretended(value) for key, value in held.items() if value is not None})
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_the_host_does_not_wait_for_a_gpu(options, pretended):
     with no_dispatch():
         model, graph, edges = prepared(torch.float64, **options)
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            held.update({key: pretended(value) for key, value in held.items() if value is not None})
+    pretend_on(model, pretended)
     graph, edges = moved(graph, pretended), moved(edges, pretended)
     for guard in (nullcontext(), NothingFromTheHost()):  # the first time makes the tables
         with guard:
@@ -119,6 +129,23 @@ def test_the_host_does_not_wait_for_a_gpu(options, pretended):
     assert energy.shape == (3,)
     untouched = {name for name, p in model.named_parameters() if p.grad is None}
     assert untouched == {"sphere_embedding.weight"}  # nothing else was left out
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_host_does_not_wait_in_a_recorded_pass(options, pretended):
+    """From a graph of fixed sizes on: models/recorded.py."""
+    heads = {"energy": (EnergyHead, {}), "forces": (ForceHead, {}), "stress": (StressHead, {})}
+    with no_dispatch():
+        model = EquiformerV2Hydra({**KEYS, "num_layers": 1, **options}, heads).eval().double()
+        graph = build_graph(three_slabs(), model.backbone.config.graph(otf=True))
+        graph = replace(graph, **{name: getattr(graph, name).double() for name in VECTORS})
+        counts = torch.tensor(graph.num_nodes - 1), torch.tensor(graph.num_edges - 20)
+        model.of_graph(graph)  # makes the tables
+    pretend_on(model, pretended)
+    graph, counts = moved(graph, pretended), moved(counts, pretended)
+    with NothingFromTheHost(), torch.no_grad():
+        found = model.of_graph(filled_up(graph, *counts), at_once=True)
+    assert found["stress"].shape == (9, 3)
 
 
 def test_a_wait_is_noticed(pretended):

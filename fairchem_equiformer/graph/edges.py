@@ -7,7 +7,7 @@ import torch
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.ops.edges import Edges, NodeShare, edges_per_chunk
 from fairchem_equiformer.ops.radial import EdgeScalars
-from fairchem_equiformer.ops.segments import target_chunks
+from fairchem_equiformer.ops.segments import Chunk, target_chunks
 from fairchem_equiformer.so3.layout import Layout
 from fairchem_equiformer.so3.wigner import edge_rotations
 
@@ -20,6 +20,7 @@ def prepare_edges(
     *,
     max_edges: int | None = None,
     share: NodeShare | None = None,
+    at_once: bool = False,
 ) -> Edges:
     """Compute what depends on the graph alone, once for all layers.
 
@@ -30,13 +31,20 @@ def prepare_edges(
         dtype: of the features.
         max_edges: edges per chunk; by default as many as fit the device's budget.
         share: the atoms whose features are computed here, by default all.
+        at_once: all edges of all atoms are one chunk; the host then reads nothing of a GPU.
     """
-    if max_edges is None:
-        max_edges = edges_per_chunk(layout, channels, dtype, graph.vector.device)
     rows = slice(0, graph.num_nodes) if share is None else share.rows
     pointers = graph.target_ptr[rows.start : rows.stop + 1]
-    on_host = pointers.cpu()  # the one time that the host waits for a GPU here
-    kept = slice(int(on_host[0]), int(on_host[-1]))
+    chunks: tuple[Chunk, ...]
+    if at_once:
+        kept = slice(0, graph.num_edges)
+        chunks = (Chunk(rows, rows, kept),)
+    else:
+        if max_edges is None:
+            max_edges = edges_per_chunk(layout, channels, dtype, graph.vector.device)
+        on_host = pointers.cpu()  # the one time that the host waits for a GPU here
+        kept = slice(int(on_host[0]), int(on_host[-1]))
+        chunks = target_chunks(on_host - on_host[0], max_edges, rows.start)
     pointers = pointers - pointers[0]
     source, target = graph.source[kept], graph.target[kept]
     scalars = EdgeScalars(
@@ -50,7 +58,7 @@ def prepare_edges(
         layout=layout,
         rotations=edge_rotations(graph.vector[kept], layout, dtype),
         vector=graph.vector[kept],
-        chunks=target_chunks(on_host - on_host[0], max_edges, rows.start),
+        chunks=chunks,
         rows=rows,
         batch=graph.batch[rows],
         num_graphs=graph.num_graphs,

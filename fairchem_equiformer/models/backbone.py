@@ -21,6 +21,7 @@ from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.nn.radial import GaussianSmearing, LearnableGaussianSmearing
 from fairchem_equiformer.nn.recompute import recomputed
 from fairchem_equiformer.ops.allocator import keep_freed_memory
+from fairchem_equiformer.ops.edges import edges_per_chunk
 
 if TYPE_CHECKING:
     from fairchem_equiformer.graph.edge_graph import EdgeGraph
@@ -100,9 +101,30 @@ class EquiformerV2Backbone(nn.Module):
         Raises:
             StructureError: for bad input, a ValueError that names structure and value.
         """
+        return self.embed_graph(self.read(data), data)
+
+    def read(self, data: Any) -> EdgeGraph:
+        """The graph of a batch; arguments and errors as of :meth:`embed`."""
+        return build_graph(data, self.config.graph(otf=self.otf_graph))
+
+    def edges_at_once(self, device: torch.device) -> int:
+        """Edges that one chunk holds."""
+        config, dtype = self.config, self.sphere_embedding.weight.dtype
+        fitting = edges_per_chunk(config.layout, config.sphere_channels, dtype, device)
+        return config.edges_per_chunk or fitting
+
+    def embed_graph(
+        self, graph: EdgeGraph, data: Any = None, *, at_once: bool = False
+    ) -> Embedding:
+        """As :meth:`embed`.
+
+        Args:
+            graph: of the batch.
+            data: the batch, for models that read more of it.
+            at_once: all edges are one chunk, so that the host need not know which atoms have them.
+        """
         keep_freed_memory()
         config = self.config
-        graph = build_graph(data, config.graph(otf=self.otf_graph))
         edges = prepare_edges(
             graph,
             config.layout,
@@ -110,6 +132,7 @@ class EquiformerV2Backbone(nn.Module):
             self.sphere_embedding.weight.dtype,
             max_edges=config.edges_per_chunk,
             share=self.node_share(graph),
+            at_once=at_once,
         )
         inputs = EdgeInputs(
             edges, self.distance_expansion.basis(), self.source_embedding, self.target_embedding

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fairchem_equiformer.models.backbone import EquiformerV2Backbone
 from fairchem_equiformer.models.readouts import energy_block, force_block, forces, sum_energy
+from fairchem_equiformer.models.recorded import predict
 from fairchem_equiformer.nn.initialization import initialize
 from fairchem_equiformer.ops.segments import segment_sum
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.graph.edge_graph import EdgeGraph
 
 
 class EquiformerV2(EquiformerV2Backbone):
@@ -26,6 +30,11 @@ class EquiformerV2(EquiformerV2Backbone):
             self.force_block = force_block(self)
             initialize(self.force_block, self.config.weight_init)
 
+    @property
+    def base(self) -> EquiformerV2Backbone:
+        """This model, which is its own backbone."""
+        return self
+
     def forward(self, data: Any) -> dict[str, Tensor]:
         """Predict, in the normalised units of training.
 
@@ -35,13 +44,22 @@ class EquiformerV2(EquiformerV2Backbone):
         Raises:
             StructureError: for bad input, a ValueError that names structure and value.
         """
-        embedding = self.embed(data)
+        return predict(self, data)
+
+    def of_graph(
+        self, graph: EdgeGraph, data: Any = None, *, at_once: bool = False
+    ) -> dict[str, Tensor]:
+        """As :meth:`forward`; arguments as of :meth:`embed_graph`."""
+        embedding = self.embed_graph(graph, data, at_once=at_once)
         energy = sum_energy(self.energy_block, embedding) / self.average_num_nodes
         if self.config.use_energy_lin_ref:
-            graph = embedding.graph
             references = self.energy_lin_ref[graph.atomic_numbers]
             energy = energy + segment_sum(references, graph.batch, graph.num_graphs)
         out = {"energy": energy}
         if self.regress_forces:
             out["forces"] = forces(self.force_block, embedding)
         return out
+
+    def atom_results(self) -> set[str]:
+        """Names of results that have a row for each atom."""
+        return {"forces"}

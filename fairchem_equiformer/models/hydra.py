@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fairchem_equiformer.models.backbone import EquiformerV2Backbone
+from fairchem_equiformer.models.dens import DeNSForceHead
+from fairchem_equiformer.models.heads import ForceHead
+from fairchem_equiformer.models.recorded import predict
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.graph.edge_graph import EdgeGraph
 
 
 class EquiformerV2Hydra(nn.Module):
@@ -31,10 +37,26 @@ class EquiformerV2Hydra(nn.Module):
             {name: head(self.backbone, **keys) for name, (head, keys) in sorted(heads.items())}
         )
 
+    @property
+    def base(self) -> EquiformerV2Backbone:
+        """The backbone."""
+        return self.backbone
+
     def forward(self, data: Any) -> dict[str, Tensor]:
         """Predict, in the normalised units of training: the outputs of all heads, by their keys."""
-        embedding = self.backbone.embed(data)
+        return predict(self, data)
+
+    def of_graph(
+        self, graph: EdgeGraph, data: Any = None, *, at_once: bool = False
+    ) -> dict[str, Tensor]:
+        """As :meth:`forward`; arguments as of the backbone's ``embed_graph``."""
+        embedding = self.backbone.embed_graph(graph, data, at_once=at_once)
         outputs: dict[str, Tensor] = {}
         for head in self.output_heads.values():
             outputs |= head(data, embedding)
         return outputs
+
+    def atom_results(self) -> set[str]:
+        """Names of results that have a row for each atom: the forces."""
+        heads = self.output_heads.values()
+        return {head.output_name for head in heads if isinstance(head, ForceHead | DeNSForceHead)}

@@ -1,0 +1,337 @@
+"""Forward passes that are recorded on frozen weights and run again; tests/tape.py is the GPU."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.graph.padding import Sizes, bucket, filled_up
+from fairchem_equiformer.models import (
+    EnergyHead,
+    EquiformerV2Hydra,
+    ForceHead,
+    StressHead,
+)
+from fairchem_equiformer.models import recorded as recorded_module
+from fairchem_equiformer.nn import replay
+from fairchem_equiformer.nn.frozen import FrozenWeights
+from fairchem_equiformer.ops.choice import VARIABLE as KERNELS
+from tests.models import KEYS, ours, scatter_weights
+from tests.structures import batch_of, slab, three_slabs
+from tests.tape import record_tape
+from tests.tolerances import assert_all_close
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Has the CPU record; gives what was recorded so far."""
+    made = []
+
+    def record(function):
+        made.append(function)
+        return record_tape(function)
+
+    monkeypatch.setenv(KERNELS, "reference")  # a tape sees PyTorch's operations alone
+    monkeypatch.setitem(replay.RECORDERS, "cpu", record)
+    monkeypatch.setattr(replay, "_said", set())
+    return made
+
+
+ALL_EQUAL = {"enforce_max_neighbors_strictly": False}  # so many edges, or some more or less
+
+
+def hydra():
+    heads = {
+        "energy": (EnergyHead, {}),
+        "forces": (ForceHead, {}),
+        "stress": (StressHead, {"decompose": True, "use_source_target_embedding": True}),
+        "whole": (StressHead, {"output_name": "whole"}),
+    }
+    return scatter_weights(EquiformerV2Hydra(KEYS | ALL_EQUAL, heads))
+
+
+MODELS = {
+    "flat": lambda: ours(**ALL_EQUAL),
+    "gate": lambda: ours(
+        use_gate_act=True, use_grid_mlp=False, norm_type="rms_norm_sh", **ALL_EQUAL
+    ),
+    "tags, learned Gaussians": lambda: ours(
+        use_tag_embedding=True, distance_function="learnable_gaussian", **ALL_EQUAL
+    ),
+    "hydra": hydra,
+}
+
+
+def displaced(data, scale=0.05, seed=0):
+    """The batch with its atoms displaced."""
+    generator = torch.Generator().manual_seed(seed)
+    data = data.clone()
+    data.pos += scale * torch.randn(data.pos.shape, generator=generator)
+    return data
+
+
+@torch.no_grad()
+def predict(model, data):
+    return model(data)
+
+
+# Filled-up graphs
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6))
+def test_buckets_waste_an_eighth_at_most(count):
+    size = bucket(count)
+    assert count <= size <= max(16 * ((count + 15) // 16), 9 * count / 8)
+    assert bucket(size) == size
+
+
+def random_graph(degrees, graphs, seed):
+    """Atoms with so many random neighbours."""
+    generator = torch.Generator().manual_seed(seed)
+    degrees = torch.tensor(degrees)
+    atoms, edges = len(degrees), int(degrees.sum())
+    vector = torch.randn(edges, 3, generator=generator, dtype=torch.float64)
+    batch = torch.randint(graphs, (atoms,), generator=generator).sort().values
+    return EdgeGraph(
+        source=torch.randint(atoms, (edges,), generator=generator),
+        target=torch.repeat_interleave(degrees),
+        target_ptr=torch.cat([torch.zeros(1, dtype=torch.int64), degrees.cumsum(0)]),
+        vector=vector,
+        distance=vector.norm(dim=1),
+        atomic_numbers=torch.randint(1, 80, (atoms,), generator=generator),
+        batch=batch,
+        natoms=torch.bincount(batch, minlength=graphs),
+        tags=torch.randint(3, (atoms,), generator=generator),
+    )
+
+
+def wide(graph, sizes):
+    """The graph in the first rows of larger tensors; beyond stands what no index may be."""
+    rows = dict.fromkeys(("source", "target", "vector", "distance"), sizes.edges)
+    rows |= dict.fromkeys(("atomic_numbers", "batch", "tags"), sizes.atoms)
+    rows |= {"natoms": sizes.graphs, "target_ptr": sizes.atoms + 1}
+    tensors = {}
+    for name, count in rows.items():
+        value = getattr(graph, name)
+        poison = torch.nan if value.is_floating_point() else torch.iinfo(value.dtype).max
+        tensors[name] = value.new_full((count, *value.shape[1:]), poison)
+        tensors[name][: len(value)] = value
+    return EdgeGraph(**tensors)
+
+
+GRAPHS = st.lists(st.integers(0, 30), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(GRAPHS, st.integers(1, 3))
+def test_a_filled_up_graph_is_one(degrees, graphs):
+    graph = random_graph(degrees, graphs, seed=0)
+    sizes = Sizes.holding(graph.num_nodes, graph.num_edges, graphs)
+    counts = torch.tensor(graph.num_nodes), torch.tensor(graph.num_edges)
+    whole = filled_up(wide(graph, sizes), *counts)
+    assert (whole.num_nodes, whole.num_edges, whole.num_graphs) == sizes
+    for name in ("source", "target", "vector", "distance", "atomic_numbers", "batch", "tags"):
+        value = getattr(graph, name)
+        assert torch.equal(getattr(whole, name)[: len(value)], value)
+    assert torch.equal(whole.natoms[:-1], graph.natoms)
+    # Edges filled in are between atoms filled in, and everything is as in any graph.
+    assert (whole.source[graph.num_edges :] >= graph.num_nodes).all()
+    assert (whole.target[graph.num_edges :] >= graph.num_nodes).all()
+    assert (whole.source < sizes.atoms).all()
+    assert (whole.target.diff() >= 0).all()
+    degree = torch.bincount(whole.target, minlength=sizes.atoms)
+    assert degree[graph.num_nodes :].max() <= 33
+    assert torch.equal(whole.target_ptr.diff(), degree)
+    assert whole.target_ptr[0] == 0
+    assert torch.equal(torch.bincount(whole.batch, minlength=sizes.graphs), whole.natoms)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    torch.manual_seed(0)
+    return ours(num_layers=1, use_tag_embedding=True).double().eval()
+
+
+@settings(deadline=None, max_examples=20)
+@given(degrees=GRAPHS, graphs=st.integers(1, 3), further=st.integers(0, 40))
+def test_what_is_filled_in_changes_nothing(exact, degrees, graphs, further):
+    graph = random_graph(degrees, graphs, seed=1)
+    sizes = Sizes.holding(graph.num_nodes + further, graph.num_edges + 3 * further, graphs)
+    counts = torch.tensor(graph.num_nodes), torch.tensor(graph.num_edges)
+    with torch.no_grad():
+        expected = exact.of_graph(graph)
+        found = exact.of_graph(filled_up(wide(graph, sizes), *counts), at_once=True)
+    own = {"energy": found["energy"][:graphs], "forces": found["forces"][: graph.num_nodes]}
+    assert_all_close(own, expected, "outputs")
+
+
+# Replays
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_a_replay_gives_what_the_model_gives(make, recordings):
+    model, frozen = make().eval(), FrozenWeights()
+    batches = [displaced(three_slabs(), 0.2, seed) for seed in range(4)]
+    counts = {model.base.read(data).num_edges for data in batches}
+    assert len({bucket(count) for count in counts}) == 1 < len(counts)
+    for call, data in enumerate(batches):
+        expected = predict(model, data)
+        with frozen.used_by(model):
+            found = predict(model, data)
+        assert_all_close(found, expected, "outputs")
+        assert len(recordings) == (call > 0)
+
+
+def test_results_belong_to_the_caller(recordings):
+    model, frozen = ours().eval(), FrozenWeights()
+    with frozen.used_by(model):
+        results = [predict(model, displaced(three_slabs(), seed=seed)) for seed in range(4)]
+    assert recordings
+    for seed, found in enumerate(results):
+        assert_all_close(found, predict(model, displaced(three_slabs(), seed=seed)), "outputs")
+
+
+def test_other_sizes_are_other_recordings(recordings):
+    model, frozen = ours().eval(), FrozenWeights()
+    small, large = batch_of(slab("Cu", "CO")), three_slabs()
+    with frozen.used_by(model):
+        for data in (small, large, small, large, small, large):
+            found = predict(model, data)
+            assert_all_close(found, model.of_graph(model.read(data)), "outputs")
+    assert len(recordings) == 2
+
+
+def test_few_are_held(recordings, monkeypatch):
+    monkeypatch.setattr(recorded_module, "_MOST", 1)
+    model, frozen = ours().eval(), FrozenWeights()
+    small, large = batch_of(slab("Cu", "CO")), three_slabs()
+    with frozen.used_by(model):
+        for data in (small, small, large, large, small):
+            predict(model, data)
+    assert len(recordings) == 3
+
+
+def test_changed_weights_are_seen(recordings):
+    model, other, frozen = ours().eval(), ours().eval(), FrozenWeights()
+    data = three_slabs()
+
+    def twice():
+        with frozen.used_by(model):
+            return [predict(model, data) for _ in range(2)][-1]
+
+    before = twice()
+    model.load_state_dict(other.state_dict())
+    assert_all_close(twice(), predict(other, data), "outputs")
+    assert not torch.allclose(before["energy"], predict(other, data)["energy"])
+    model.blocks[1] = ours().blocks[1].eval()
+    assert_all_close(twice(), predict(model, data), "outputs")
+    model.double()
+    data.pos, data.cell = data.pos.double(), data.cell.double()
+    assert_all_close(twice(), predict(model, data), "outputs")
+    assert len(recordings) == 4
+
+
+def test_precisions_apart(recordings):
+    model, frozen = ours().eval(), FrozenWeights()
+    data = three_slabs()
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.bfloat16):
+                expected = predict(model, data)
+                with frozen.used_by(model):
+                    found = predict(model, data)
+            assert_all_close(found, expected, "outputs", dtype)
+    assert len(recordings) == 2
+
+
+# What is not recorded
+
+
+def says(caplog):
+    return [record.getMessage() for record in caplog.records if "CUDA graph" in record.message]
+
+
+def not_recorded(model, data, recordings, times=3):
+    frozen = FrozenWeights()
+    expected = predict(model, data)
+    with frozen.used_by(model):
+        for _ in range(times):
+            assert_all_close(predict(model, data), expected, "outputs")
+    assert not recordings
+
+
+def test_an_error_is_named_and_the_model_runs_on(recordings, monkeypatch, caplog):
+    asked = []
+
+    def refuse(function):  # noqa: ARG001
+        asked.append(0)
+        raise RuntimeError("out of graphs")
+
+    monkeypatch.setitem(replay.RECORDERS, "cpu", refuse)
+    not_recorded(ours().eval(), three_slabs(), recordings, times=5)
+    assert len(asked) == 1
+    assert len(says(caplog)) == 1
+    assert "out of graphs" in says(caplog)[0]
+
+
+@pytest.mark.usefixtures("recordings")
+def test_a_read_of_the_host_is_such_an_error(monkeypatch, caplog):
+    model, frozen = ours().eval(), FrozenWeights()
+    expected = predict(model, three_slabs())
+    of_graph = model.of_graph
+
+    def reads(graph, data=None, *, at_once=False):
+        assert graph.natoms[0] > 0
+        return of_graph(graph, data, at_once=at_once)
+
+    monkeypatch.setattr(model, "of_graph", reads)
+    with frozen.used_by(model):
+        for _ in range(3):
+            assert_all_close(predict(model, three_slabs()), expected, "outputs")
+    assert "not permitted" in says(caplog)[0]
+
+
+def test_many_edges_are_left_to_chunks(recordings, caplog):
+    caplog.set_level(logging.INFO)
+    not_recorded(ours(edges_per_chunk=100).eval(), three_slabs(), recordings)
+    assert says(caplog)[0].endswith("more than 100 edges are worked through in chunks")
+    assert len(says(caplog)) == 1
+
+
+def test_it_can_be_turned_off(recordings, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv(recorded_module.VARIABLE, "off")
+    not_recorded(ours().eval(), three_slabs(), recordings)
+    assert len(says(caplog)) == 1
+
+
+@pytest.mark.parametrize("why", ["weights that may change", "training", "gradients"])
+def test_nothing_is_recorded_with(why, recordings):
+    model, frozen = ours().eval(), FrozenWeights()
+    frozen = nullcontext() if why == "weights that may change" else frozen.used_by(model)
+    with frozen, torch.set_grad_enabled(why == "gradients"):
+        model.train(why == "training")
+        for _ in range(3):
+            model(three_slabs())
+    assert not recordings
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_a_cuda_graph_gives_what_the_model_gives(make, caplog):
+    model, frozen = make().eval().cuda(), FrozenWeights()
+    for seed in range(4):
+        data = displaced(three_slabs(), 0.2, seed).to("cuda")
+        expected = predict(model, data)
+        with frozen.used_by(model):
+            found = predict(model, data)
+        assert_all_close(found, expected, "outputs")
+    assert not says(caplog)
