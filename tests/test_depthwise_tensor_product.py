@@ -35,14 +35,6 @@ PRODUCTS = {
 }
 
 
-@pytest.fixture
-def with_threads():
-    """Set the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def paths_of(features, harmonics):
     return depthwise_paths(o3.Irreps(features), o3.Irreps(harmonics), o3.Irreps(features))
 
@@ -232,10 +224,8 @@ def derivatives(function, tensors):
 
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("edges", [0, 1, 37])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_kernels_equal_the_reference(name, edges, threads, with_threads):
+def test_kernels_equal_the_reference(name, edges):
     paths = paths_of(*COMPILED[name])
-    with_threads(threads)
     doubles = inputs(paths, edges)
 
     def product(x, harmonics, weights):
@@ -249,10 +239,8 @@ def test_kernels_equal_the_reference(name, edges, threads, with_threads):
         assert_close(one, other, "depthwise", torch.float32)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_kernels_on_ends_and_shared_weights(threads, with_threads):
+def test_kernels_on_ends_and_shared_weights():
     paths = paths_of(*COMPILED["qm9"])
-    with_threads(threads)
     source, target = torch.randint(6, (37,)), torch.randint(4, (37,))
     ends = [torch.randn(atoms, paths.irreps_in.dim, dtype=DOUBLE) for atoms in (6, 4)]
     _, harmonics, weights = inputs(paths, 37)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from e3nn import o3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ from fairchem_equiformer.ops.attention_softmax import (
     attention_softmax,
     attention_softmax_backward,
 )
+from fairchem_equiformer.ops.depthwise_tensor_product import Ends, depthwise_tensor_product
 from fairchem_equiformer.ops.edges import chunk_frames
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.message import message, message_backward
@@ -37,6 +39,7 @@ from fairchem_equiformer.ops.radial import (
     radial_function,
 )
 from fairchem_equiformer.ops.s2_activation import s2_activation
+from fairchem_equiformer.so3.depthwise import depthwise_paths
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import layout
 from tests.kernels import called_kernels, with_backward
@@ -360,6 +363,20 @@ def norm_problem():
     return differentiated(_norm_silu), [torch.randn(*shape) for shape in shapes]
 
 
+def depthwise_problem():
+    """Of the ends of 150 edges, with weights that these share."""
+    paths = depthwise_paths(*map(o3.Irreps, ("32x0e+16x1e", "1x0e+1x1e", "1x0e+1x1e")))
+    source, target = torch.randint(20, (2, 150))
+
+    @differentiated
+    def both(one, other, harmonics, weights):
+        ends = Ends(one, other, source, target)
+        return depthwise_tensor_product(ends, harmonics, weights, paths, channels_last=True)
+
+    shapes = *[(20, paths.irreps_in.dim)] * 2, (150, 4), (paths.weight_numel,)
+    return both, [torch.randn(*shape) for shape in shapes]
+
+
 PROBLEMS = {
     "S2 activation": partial(grid_problem, "s2"),
     "grid MLP": partial(grid_problem, "mlp"),
@@ -369,6 +386,7 @@ PROBLEMS = {
     "logits": logits_problem,
     "radial, first layer": first_layer_problem,
     "radial, norm": norm_problem,
+    "depth-wise tensor product": depthwise_problem,
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 

@@ -1,12 +1,17 @@
 // Depth-wise tensor product: each channel of an edge's features times one small matrix and one weight
 // for each path. ops/depthwise_tensor_product.py says what; irreps have components first here.
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace {
 
 constexpr int MAX_SIZE = 9;         // components of degree 4
 constexpr int MAX_FEATURES = 4096;  // numbers of an edge's features, summed on the stack
+// Edges whose parts of the gradient of shared weights are added up in one row: rows of threads would
+// round otherwise with another number of threads.
+constexpr int64_t BLOCK = 32;
 
 struct Product {
   // Of each path. Components of the features start at `feature` and lie `channels` apart, those of
@@ -187,20 +192,31 @@ void depthwise_product(const Product* product, const Features* x, const float* m
   });
 }
 
-// Adds to x_grad [edges, features] and to weights_grad, as far apart as the weights, or [threads,
-// weights] for shared ones; writes matrices_grad unless it is null.
+int64_t depthwise_block() { return BLOCK; }
+
+// Adds to x_grad [edges, features] and to weights_grad, as far apart as the weights, or a row for each
+// depthwise_block() of edges where they are shared; writes matrices_grad unless it is null.
 void depthwise_product_backward(const Product* product, const Features* x, const float* matrices,
                                 const float* weights, int64_t weights_apart, const float* grad,
                                 float* x_grad, float* matrices_grad, float* weights_grad,
                                 int64_t edges, int threads) {
-  share(edges, threads, [&](int64_t first, int64_t last) {
-    float* own = weights_grad + (weights_apart ? 0 : omp_get_thread_num() * product->weights);
+  const auto differentiate = [&](int64_t first, int64_t last, float* own) {
     if (matrices_grad)
       all_gradients(*product, *x, matrices, weights, weights_apart, grad, x_grad, matrices_grad, own,
                     first, last);
     else
       gradients_of_channels(*product, *x, matrices, weights, weights_apart, grad, x_grad, own, first,
                             last);
+  };
+  if (weights_apart) {
+    share(edges, threads,
+          [&](int64_t first, int64_t last) { differentiate(first, last, weights_grad); });
+    return;
+  }
+  share((edges + BLOCK - 1) / BLOCK, threads, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; b++)
+      differentiate(b * BLOCK, std::min((b + 1) * BLOCK, edges),
+                    weights_grad + b * product->weights);
   });
 }
 }

@@ -80,13 +80,12 @@ class DepthwiseKernels:
         """
         matrices, weights, grad = matrices.contiguous(), weights.contiguous(), grad.contiguous()
         rows, index = [part.contiguous() for part in rows], _contiguous(index)
-        threads, shared = torch.get_num_threads(), weights.dim() == 1
+        shared = weights.dim() == 1
+        blocks = -(-len(matrices) // self.kernels.depthwise_block()) if shared else 1
         x_grad = matrices.new_zeros(len(matrices), self.paths.irreps_in.dim)
         # Where it is not wanted, nothing: its address is null.
         matrices_grad = torch.empty_like(matrices) if of_matrices else matrices.new_empty(0)
-        weights_grad = (
-            weights.new_zeros(threads, len(weights)) if shared else torch.zeros_like(weights)
-        )
+        weights_grad = weights.new_zeros(blocks, *weights.shape)
         self.kernels.depthwise_product_backward(
             _layout(self.paths).struct,
             _features(rows, index),
@@ -98,10 +97,9 @@ class DepthwiseKernels:
             matrices_grad,
             weights_grad,
             len(matrices),
-            threads,
+            torch.get_num_threads(),
         )
-        if shared:
-            weights_grad = weights_grad.sum(0)
+        weights_grad = weights_grad.sum(0) if shared else weights_grad[0]
         return x_grad, matrices_grad if of_matrices else None, weights_grad
 
 

@@ -179,6 +179,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # depthwise_tensor_product.cpp
     "depthwise_misfit": (c_char_p, (_PRODUCT,)),
     "depthwise_product": (None, (_PRODUCT, _FEATURES, _F, _F, _N, _F, _N, _THREADS)),
+    "depthwise_block": (c_int64, ()),
     "depthwise_product_backward": (
         None,
         (_PRODUCT, _FEATURES, _F, _F, _N, _F, _F, _F, _F, _N, _THREADS),
