@@ -1,0 +1,168 @@
+"""A function of edges that is summed over each target atom, computed chunk by chunk.
+
+Nothing that the function makes exists for more than one chunk of edges at a time, neither in the
+forward pass nor in the backward pass, which calls the function again. Only its arguments are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairchem_equiformer.ops.segments import Chunk, add_rows
+
+
+class Part(NamedTuple):
+    """What the function sees: the edges to some consecutive targets."""
+
+    sources: Tensor  # [N, ...], features of atoms
+    source: Tensor | None  # [e], rows of ``sources``; None where they stand edge by edge
+    target: Tensor  # [e], row of each edge's target among ``rows``, ascending
+    edges: tuple[Tensor, ...]  # [e, ...]
+    rows: tuple[Tensor, ...]  # [n, ...], of the targets
+    num_rows: int  # n
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call, without its tensors: those are sources, those of edges, of rows, parameters."""
+
+    function: Callable[[Part], Tensor]
+    chunks: Sequence[Chunk]
+    num_edge_tensors: int
+    num_row_tensors: int
+    autocast: tuple[str, torch.dtype, bool]  # of the forward pass, for the backward pass
+
+    @property
+    def num_data(self) -> int:
+        """Tensors that are no parameters."""
+        return 1 + self.num_edge_tensors + self.num_row_tensors
+
+    def select(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What a chunk reads of the tensors; of the sources, all."""
+        split = 1 + self.num_edge_tensors
+        edges = [tensor[chunk.edges] for tensor in tensors[1:split]]
+        rows = [tensor[chunk.rows] for tensor in tensors[split : self.num_data]]
+        return [tensors[0], *edges, *rows]
+
+    def evaluate(
+        self, chunk: Chunk, selected: Sequence[Tensor], source: Tensor | None, target: Tensor
+    ) -> Tensor:
+        """The function of one chunk [n, ...]; ``target`` [E]."""
+        split = 1 + self.num_edge_tensors
+        part = Part(
+            sources=selected[0],
+            source=source,
+            target=target[chunk.edges] - chunk.rows.start,
+            edges=tuple(selected[1:split]),
+            rows=tuple(selected[split:]),
+            num_rows=chunk.rows.stop - chunk.rows.start,
+        )
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            return self.function(part)
+
+
+def over_chunks(
+    function: Callable[[Part], Tensor],
+    chunks: Sequence[Chunk],
+    ends: tuple[Tensor, Tensor],
+    sources: Tensor,
+    *,
+    edges: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+) -> Tensor:
+    """Call a function on each chunk. Differentiable once, in all tensors.
+
+    Args:
+        function: of a part of the edges, gives [n, ...], a row for each of its targets. It must
+            draw no random numbers.
+        chunks: of whole targets, which cover all edges in their order.
+        ends: source of each edge among ``sources``, and its target among ``rows`` [E] both.
+        sources: [N, ...], features of atoms.
+        edges: [E, ...] each.
+        rows: [rows, ...] each, of target atoms.
+        parameters: all that the function reads beside its argument and that may have a gradient.
+
+    Returns:
+        [rows, ...], what the chunks gave, one after the other.
+    """
+    nothing = slice(0, 0)
+    chunks = chunks or [Chunk(nothing, nothing, nothing)]  # no atoms: the function knows the width
+    device = sources.device.type
+    autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    call = _Call(function, chunks, len(edges), len(rows), autocast)
+    out: Tensor = _OverChunks.apply(call, ends, sources, *edges, *rows, *parameters)
+    return out
+
+
+class _OverChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, ends: tuple[Tensor, Tensor], *tensors: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(*ends, *tensors)
+        source, target = ends
+        found = [
+            call.evaluate(chunk, call.select(chunk, tensors), source[chunk.edges], target)
+            for chunk in call.chunks
+        ]
+        return torch.cat(found)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        source, target, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        totals = [torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
+        for chunk in ctx.call.chunks:
+            found = _differentiate(ctx.call, chunk, source, target, tensors, wanted, grad)
+            _add(ctx.call, chunk, source, totals, found)
+        return None, None, *totals
+
+
+def _differentiate(
+    call: _Call,
+    chunk: Chunk,
+    source: Tensor,
+    target: Tensor,
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of one chunk, of the tensors that are wanted; of its edges' sources, not of all."""
+    selected = call.select(chunk, tensors)
+    selected[0] = selected[0].index_select(0, source[chunk.edges])
+    leaves = [t.detach().requires_grad_(w) for t, w in zip(selected, wanted, strict=False)]
+    with torch.enable_grad():
+        out = call.evaluate(chunk, leaves, None, target)
+    leaves += tensors[call.num_data :]
+    inputs = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+    found = iter(torch.autograd.grad(out, inputs, grad[chunk.rows]))
+    return [next(found) if w else None for w in wanted]
+
+
+def _add(
+    call: _Call,
+    chunk: Chunk,
+    source: Tensor,
+    totals: Sequence[Tensor | None],
+    found: Sequence[Tensor | None],
+) -> None:
+    """Add one chunk's gradients to those of all."""
+    for place, (total, part) in enumerate(zip(totals, found, strict=True)):
+        if total is None or part is None:
+            continue
+        if place == 0:
+            add_rows(total, source[chunk.edges], part)
+        elif place <= call.num_edge_tensors:
+            total[chunk.edges] = part
+        elif place < call.num_data:
+            total[chunk.rows] = part
+        else:
+            total.add_(part)
