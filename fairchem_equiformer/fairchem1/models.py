@@ -43,10 +43,11 @@ def gather_outputs(x: Tensor) -> Tensor:
     return scaled
 
 
-class _GraphParallel(models.EquiformerV2Backbone):
+class _GraphParallel:
     """Computes this process' share of the atoms where fairchem-core spreads a batch (--gp-gpus)."""
 
     def node_share(self, graph: EdgeGraph) -> NodeShare | None:
+        """The atoms whose features this process computes; None for all."""
         if not gp_utils.initialized():
             return None
         atoms = torch.arange(graph.num_nodes, device=graph.target.device)
@@ -56,13 +57,18 @@ class _GraphParallel(models.EquiformerV2Backbone):
 
 
 @registry.register_model("fairchem_equiformer_v2_backbone")
-class EquiformerV2Backbone(_GraphParallel):
+class EquiformerV2Backbone(_GraphParallel, models.EquiformerV2Backbone):
     """:class:`fairchem_equiformer.models.EquiformerV2Backbone` for fairchem's ``hydra``."""
 
 
 @registry.register_model("fairchem_equiformer_v2")
 class EquiformerV2(_GraphParallel, models.EquiformerV2):
     """:class:`fairchem_equiformer.models.EquiformerV2`, a drop-in for ``equiformer_v2``."""
+
+
+@registry.register_model("equiformer")
+class Equiformer(_GraphParallel, models.Equiformer):
+    """:class:`fairchem_equiformer.models.Equiformer`."""
 
 
 @registry.register_model("fairchem_equiformer_v2_energy_head")

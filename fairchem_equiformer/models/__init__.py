@@ -1,13 +1,15 @@
-"""EquiformerV2 in plain PyTorch: config, backbone, heads, and the flat model."""
+"""In plain PyTorch: EquiformerV2 (config, backbone, heads, flat model), and Equiformer (V1)."""
 
 from fairchem_equiformer.models.backbone import Embedding, EquiformerV2Backbone
 from fairchem_equiformer.models.config import ModelConfig
+from fairchem_equiformer.models.config_v1 import EquiformerConfig
 from fairchem_equiformer.models.dens import (
     DeNSBackbone,
     DeNSEnergyHead,
     DeNSForceHead,
     DeNSStressHead,
 )
+from fairchem_equiformer.models.equiformer_v1 import Equiformer
 from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
 from fairchem_equiformer.models.heads import EnergyHead, ForceHead, StressHead
 from fairchem_equiformer.models.hydra import EquiformerV2Hydra
@@ -19,6 +21,8 @@ __all__ = [
     "DeNSStressHead",
     "Embedding",
     "EnergyHead",
+    "Equiformer",
+    "EquiformerConfig",
     "EquiformerV2",
     "EquiformerV2Backbone",
     "EquiformerV2Hydra",

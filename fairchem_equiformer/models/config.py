@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from fairchem_equiformer.graph.build import GraphConfig
+from fairchem_equiformer.models.keys import Keys
 from fairchem_equiformer.nn.attention import AttentionConfig
 from fairchem_equiformer.nn.block import BlockConfig
 from fairchem_equiformer.nn.feed_forward import FeedForwardConfig
@@ -31,6 +31,7 @@ _POSITIVE = (
     "edge_channels",
     "num_distance_basis",
     "max_radius",
+    "edges_per_chunk",
 )
 _PROBABILITIES = ("alpha_drop", "drop_path_rate", "proj_drop")
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -39,18 +40,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "distance_function": ("gaussian", "learnable_gaussian"),
     "use_s2_act_attn": (False,),
 }
-# Annotation of a key: types that it takes, and what to call them.
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "bool": ((bool,), "True or False"),
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "str": ((str,), "a word"),
-    "list[int]": ((list, tuple), "a list of whole numbers"),
-}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Keys):
     """Keys under ``model:`` (flat) or ``model.backbone:`` (hydra), with fairchem's defaults.
 
     ``num_sphere_samples``, ``attn_activation``, ``ffn_activation`` and, with the ``gaussian``
@@ -64,6 +57,11 @@ class ModelConfig:
     Raises:
         ValueError: for a value the model cannot be built with; the message names the key.
     """
+
+    MODEL: ClassVar = "EquiformerV2"
+    POSITIVE: ClassVar = _POSITIVE
+    PROBABILITIES: ClassVar = _PROBABILITIES
+    CHOICES: ClassVar = _CHOICES
 
     use_pbc: bool = True
     use_pbc_single: bool = False
@@ -115,74 +113,31 @@ class ModelConfig:
     edges_per_chunk: int | None = None
     use_tag_embedding: bool = False  # of data.tags: 0 bulk, 1 surface, 2 adsorbate
 
-    @classmethod
-    def from_keys(cls, keys: dict[str, Any]) -> ModelConfig:
-        """Check the names of the keys, then their values.
-
-        Keys set to None take their default, as in fairchem.
-
-        Raises:
-            ValueError: for an unknown key, naming the nearest known one.
-        """
-        known = [item.name for item in fields(cls)]
-        for key in keys:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = (
-                    f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-                )
-                msg = f"unknown key {key!r} in the config of EquiformerV2{hint}"
-                raise ValueError(msg)
-        return cls(**{key: value for key, value in keys.items() if value is not None})
-
     def __post_init__(self) -> None:
-        self._check_types()
-        for key in _POSITIVE:
-            if not getattr(self, key) > 0:
-                _refuse(key, getattr(self, key), "a number above 0")
-        if self.edges_per_chunk is not None and self.edges_per_chunk < 1:
-            _refuse("edges_per_chunk", self.edges_per_chunk, "a number above 0")
-        for key in _PROBABILITIES:
-            if not 0 <= getattr(self, key) < 1:
-                _refuse(key, getattr(self, key), "a probability, at least 0 and below 1")
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                _refuse(key, getattr(self, key), " or ".join(map(repr, choices)))
+        super().__post_init__()
         self._check_degrees()
         self._check_pairs()
 
     def _check_pairs(self) -> None:
         if self.share_atom_edge_embedding and not self.use_atom_edge_embedding:
-            _refuse("use_atom_edge_embedding", False, "True with share_atom_edge_embedding: True")
+            self.refuse("use_atom_edge_embedding", "True with share_atom_edge_embedding: True")
         if self.use_energy_lin_ref and not self.load_energy_lin_ref:
-            _refuse("load_energy_lin_ref", False, "True with use_energy_lin_ref: True")
-
-    def _check_types(self) -> None:
-        for key in fields(self):
-            value, kind = getattr(self, key.name), str(key.type).removesuffix(" | None")
-            if value is None and kind != key.type:
-                continue
-            types, wanted = _TYPES[kind]
-            suits = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
-            if suits and kind == "list[int]":
-                suits = all(type(item) is int for item in value)
-            if not suits:
-                _refuse(key.name, value, wanted)
+            self.refuse("load_energy_lin_ref", "True with use_energy_lin_ref: True")
 
     def _check_degrees(self) -> None:
         for key in ("lmax_list", "mmax_list"):
             if len(getattr(self, key)) != 1:
-                _refuse(key, getattr(self, key), "a list of one number (one resolution)")
+                self.refuse(key, "a list of one number (one resolution)")
         if not 1 <= self.lmax <= _LARGEST_LMAX:
-            _refuse("lmax_list", self.lmax_list, f"[1] to [{_LARGEST_LMAX}]")
+            self.refuse("lmax_list", f"[1] to [{_LARGEST_LMAX}]")
         if not 0 <= self.mmax <= self.lmax:
-            _refuse("mmax_list", self.mmax_list, f"[0] to lmax_list, which is {self.lmax_list}")
+            self.refuse("mmax_list", f"[0] to lmax_list, which is {self.lmax_list}")
         fewest = 2 * (self.lmax + 1)
         if self.grid_resolution is not None and (
             self.grid_resolution % 2 or self.grid_resolution < fewest
         ):
             wanted = f"an even number of at least {fewest}, 2 (lmax + 1)"
-            _refuse("grid_resolution", self.grid_resolution, wanted)
+            self.refuse("grid_resolution", wanted)
 
     @property
     def lmax(self) -> int:
@@ -262,8 +217,3 @@ class ModelConfig:
             drop_path=self.drop_path_rate,
             channel_drop=self.proj_drop,
         )
-
-
-def _refuse(key: str, value: object, wanted: str) -> None:
-    msg = f"EquiformerV2 config: {key} is {value!r}, it must be {wanted}"
-    raise ValueError(msg)

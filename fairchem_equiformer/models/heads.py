@@ -177,7 +177,7 @@ class StressHead(Rank2Readout):
         x = emb.node_embedding
         if edges.share is not None:
             x = edges.share.gather(x)
-        found = [of_all_atoms(values, emb) for values in self.components(x, edges)]
+        found = [of_all_atoms(values, edges.share) for values in self.components(x, edges)]
         divisor = self.avg_num_nodes if self.extensive else graph.natoms[:, None]
         parts = [segment_sum(v, graph.batch, graph.num_graphs) / divisor for v in found]
         if not self.block.decompose:

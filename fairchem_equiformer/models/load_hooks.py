@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fairchem_equiformer.models.config import ModelConfig
+    from fairchem_equiformer.models.config_v1 import EquiformerConfig
 
 # Modules and buffers of fairchem's models that hold tables; here they are computed.
 _DERIVED = {
@@ -47,7 +48,7 @@ def explain_misfits(model: nn.Module) -> None:
     """Make ``model.load_state_dict`` say how the model that wrote a checkpoint differs.
 
     Args:
-        model: with its ``config``, a :class:`~fairchem_equiformer.models.config.ModelConfig`.
+        model: with its ``config``, which has a ``max_radius``.
 
     Raises (when a checkpoint is loaded):
         ValueError: if it was made by a model of another size; lists the config keys and the tensors
@@ -63,11 +64,11 @@ def _explain(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any)
         for key, value in state_dict.items()
         if key.startswith(prefix) and isinstance(value, Tensor)
     }
-    _check_cutoff(saved, cast("ModelConfig", model.config))
+    _check_cutoff(saved, cast("ModelConfig | EquiformerConfig", model.config))
     _check_sizes(saved, dict(model.named_parameters()))
 
 
-def _check_cutoff(saved: Mapping[str, Tensor], config: ModelConfig) -> None:
+def _check_cutoff(saved: Mapping[str, Tensor], config: ModelConfig | EquiformerConfig) -> None:
     centers = saved.get("distance_expansion.offset")
     if centers is not None and abs(float(centers[-1]) - config.max_radius) > 1e-4:
         logger.warning(
@@ -90,6 +91,8 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
             found.update({key: tensors[name].shape[axis] for key, axis in keys.items()})
 
     read("sphere_embedding.weight", max_num_elements=0, sphere_channels=1)
+    read("atom_embedding.weight", max_num_elements=0)
+    read("blocks.0.ga.message.logits.dot", num_heads=0)
     read("blocks.0.ga.alpha_dot", num_heads=0, attn_alpha_channels=1)
     read("blocks.0.ga.alpha_norm.weight", attn_alpha_channels=0)
     read("blocks.0.ffn.so3_linear_1.weight", ffn_hidden_channels=1)

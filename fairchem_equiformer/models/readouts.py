@@ -12,7 +12,9 @@ from fairchem_equiformer.nn.feed_forward import FeedForward
 from fairchem_equiformer.ops.segments import segment_sum
 
 if TYPE_CHECKING:
+    from fairchem_equiformer.graph.edge_graph import EdgeGraph
     from fairchem_equiformer.models.backbone import Embedding, EquiformerV2Backbone
+    from fairchem_equiformer.ops.edges import NodeShare
 
 
 def energy_block(backbone: EquiformerV2Backbone) -> FeedForward:
@@ -26,20 +28,26 @@ def force_block(backbone: EquiformerV2Backbone) -> GraphAttention:
     return GraphAttention(backbone.config.attention(num_basis), 1, out_degree=1)
 
 
-def of_all_atoms(values: Tensor, embedding: Embedding) -> Tensor:
+def of_all_atoms(values: Tensor, share: NodeShare | None) -> Tensor:
     """Results for all atoms [N, ...] from those of this process' rows [rows, ...]."""
-    share = embedding.inputs.edges.share
     return values if share is None else share.gather_outputs(values.contiguous())
 
 
+def sum_over_structures(values: Tensor, graph: EdgeGraph, share: NodeShare | None) -> Tensor:
+    """Sum of atomic contributions [rows] over each structure [B], in float32 at least."""
+    values = of_all_atoms(values, share)
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    return segment_sum(values, graph.batch, graph.num_graphs)
+
+
 def sum_energy(block: FeedForward, embedding: Embedding) -> Tensor:
-    """Sum of atomic contributions over each structure [B], in float32 at least."""
-    node_energy = of_all_atoms(block(embedding.node_embedding).flatten(), embedding)
-    if node_energy.dtype in (torch.float16, torch.bfloat16):
-        node_energy = node_energy.float()
-    return segment_sum(node_energy, embedding.graph.batch, embedding.graph.num_graphs)
+    """Sum of atomic energies over each structure [B], in float32 at least."""
+    node_energy = block(embedding.node_embedding).flatten()
+    return sum_over_structures(node_energy, embedding.graph, embedding.inputs.edges.share)
 
 
 def forces(block: GraphAttention, embedding: Embedding) -> Tensor:
     """Forces of all atoms [N, 3], ordered x, y, z as e3nn's l = 1."""
-    return of_all_atoms(block(embedding.node_embedding, embedding.inputs)[:, :, 0], embedding)
+    vectors = block(embedding.node_embedding, embedding.inputs)[:, :, 0]
+    return of_all_atoms(vectors, embedding.inputs.edges.share)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fairchem_equiformer.ops.radial import GaussianBasis, LearnedGaussians, RadialWeights
+from fairchem_equiformer.ops.radial import GaussianBasis, LearnedGaussians, RadialWeights, gaussians
 
 _WIDTH_IN_SPACINGS = 2.0
 _LEAST_DEVIATION = 1e-5
@@ -67,6 +67,39 @@ class LearnableGaussianSmearing(nn.Module):
         shift = (self.mean - self.bias) / width
         return LearnedGaussians(slope[0], shift[0], 1 / (math.sqrt(math.pi) * width[0]))
 
+    def forward(self, distance: Tensor) -> Tensor:
+        """All Gaussians at each distance: [E] Angstrom to [E, num_basis]."""
+        return gaussians(distance, self.basis())
+
+
+class ExponentialNormalSmearing(nn.Module):
+    """Gaussians of exp(-5 d / cutoff), times a cosine that takes them to zero at the cutoff.
+
+        exp(-beta (exp(-5 d / cutoff) - mean)^2) (cos(pi d / cutoff) + 1) / 2
+
+    Means are at equal spacing from exp(-cutoff) to 1, and beta = (num_basis / (2 (1 -
+    exp(-cutoff))))^2 (PhysNet, arXiv:1902.08408, equation 7). Nothing is learned.
+
+    Args:
+        cutoff: Angstrom.
+        num_basis: 32 in Equiformer's models of MD17.
+    """
+
+    def __init__(self, cutoff: float, num_basis: int = 32) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.num_basis = num_basis
+        first = math.exp(-cutoff)
+        self.beta = (num_basis / (2 * (1 - first))) ** 2
+        self.register_buffer("means", torch.linspace(first, 1, num_basis), persistent=False)
+        self.means: Tensor
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """All functions at each distance below the cutoff: [E] Angstrom to [E, num_basis]."""
+        scaled = distance[:, None] / self.cutoff
+        offset = torch.exp(-5 * scaled) - self.means
+        return torch.exp(-self.beta * offset.square()) * (torch.cos(math.pi * scaled) + 1) / 2
+
 
 class ElementEmbedding(nn.Embedding):
     """One vector per element, small at first."""
@@ -93,6 +126,11 @@ class RadialFunction(nn.Module):
             nn.SiLU(),
             nn.Linear(hidden, out_features),
         )
+
+    def forward(self, basis: Tensor) -> Tensor:
+        """[E, in_features] to [E, out_features], by PyTorch alone."""
+        out: Tensor = self.net(basis)
+        return out
 
     def weights(self, source: nn.Embedding | None, target: nn.Embedding | None) -> RadialWeights:
         """Parameters as ops/radial.py takes them.

@@ -18,12 +18,12 @@ class GraphDropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor, batch: Tensor, num_graphs: int) -> Tensor:
-        """[N, K, C], with the structure of each atom [N]."""
+        """[N, ...], with the structure of each atom [N]."""
         if not self.training or self.drop_prob == 0:
             return x
         keep = x.new_full((num_graphs,), 1 - self.drop_prob)
         factor = torch.bernoulli(keep) / (1 - self.drop_prob)
-        return x * factor[batch][:, None, None]
+        return x * factor[batch].view(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -55,7 +55,13 @@ def _norm(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] |
     return None if weight is None or bias is None else (weight, bias)
 
 
-def attention_logits(scalars: Tensor, norm: tuple[Tensor, Tensor] | None, dot: Tensor) -> Tensor:
+def attention_logits(
+    scalars: Tensor,
+    norm: tuple[Tensor, Tensor] | None,
+    dot: Tensor,
+    *,
+    twice: bool = False,
+) -> Tensor:
     """z = a . SmoothLeakyReLU(LN(s)) for every head, in float32 at least.
 
     The smooth leaky ReLU with slope 0.2 on the left is 0.6 s + 0.4 s (2 sigmoid(s) - 1).
@@ -64,6 +70,7 @@ def attention_logits(scalars: Tensor, norm: tuple[Tensor, Tensor] | None, dot: T
         scalars: [E, heads, A].
         norm: weight and bias [A] of the layer norm, or None.
         dot: a [heads, A].
+        twice: the result's derivatives are differentiated, too: without compiled kernels.
 
     Returns:
         [E, heads].
@@ -71,7 +78,9 @@ def attention_logits(scalars: Tensor, norm: tuple[Tensor, Tensor] | None, dot: T
     s = scalars.to(dot.dtype)
     weight, bias = norm or (None, None)
     arguments = s, norm, dot, _EPSILON
-    kernels = triton.logit_kernels(*arguments) or native.logit_kernels(*arguments)
+    kernels = None
+    if not twice:
+        kernels = triton.logit_kernels(*arguments) or native.logit_kernels(*arguments)
     if kernels is not None:
         logits: Tensor = _AttentionLogits.apply(kernels, s, weight, bias, dot)
         return logits

@@ -101,6 +101,7 @@ def segment_softmax(logits: Tensor, segment: Tensor, num_segments: int) -> Tenso
     """
     index = segment[:, None].expand_as(logits)
     peak = logits.new_full((num_segments, logits.shape[1]), -torch.inf)
-    peak = peak.scatter_reduce(0, index, logits, "amax")
+    # What is subtracted leaves the result, and so its derivatives, as they are.
+    peak = peak.scatter_reduce(0, index, logits.detach(), "amax")
     weights = torch.exp(logits - peak[segment])
     return weights / segment_sum(weights, segment, num_segments)[segment]

@@ -1,0 +1,95 @@
+"""Forces and stress as derivatives of a model's energy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairchem_equiformer.errors import StructureError
+from fairchem_equiformer.graph.edge_graph import EdgeGraph
+
+# What the graph is made from, see graph/build.py.
+_FIELDS = (
+    *("pos", "cell", "natoms", "atomic_numbers", "pbc", "sid", "tags"),
+    *("edge_index", "cell_offsets", "neighbors"),
+)
+
+
+def with_derivatives(
+    build: Callable[[Any], EdgeGraph],
+    predict: Callable[[EdgeGraph], dict[str, Tensor]],
+    data: Any,
+    *,
+    stress: bool,
+) -> dict[str, Tensor]:
+    """Outputs of a model, and its energy's derivatives by the positions and by a strain.
+
+    They can be differentiated again where gradients are enabled.
+
+    Args:
+        build: from a batch to its graph.
+        predict: from the graph to outputs with ``energy`` [B].
+        data: the batch; it stays as it is.
+        stress: whether to compute it.
+
+    Returns:
+        The outputs; ``forces`` [N, 3], minus the derivative by the positions; with ``stress``,
+        ``stress`` [B, 9], the derivative by the strain over the cell's volume.
+
+    Raises:
+        StructureError: as ``build``, or for a stress of a structure whose cell has no volume.
+    """
+    again = torch.is_grad_enabled()
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        own = _copy(data)
+        graph = build(own)
+        variables = [own.pos]
+        if stress:
+            volume = _volume(own.cell)
+            strain = own.pos.new_zeros(graph.num_graphs, 3, 3).requires_grad_()
+            variables.append(strain)
+            graph = _strained(graph, strain)
+        outputs = predict(graph)
+        total = outputs["energy"].sum()
+        gradients = torch.autograd.grad(total, variables, create_graph=again)
+    outputs["forces"] = -gradients[0]
+    if stress:
+        outputs["stress"] = gradients[1].flatten(1) / volume[:, None]
+    return outputs if again else {key: value.detach() for key, value in outputs.items()}
+
+
+def _copy(data: Any) -> SimpleNamespace:
+    """The fields of a batch, with positions that derivatives can be taken by."""
+
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    own = SimpleNamespace(**{name: copy(getattr(data, name, None)) for name in _FIELDS})
+    if own.pos is not None and not own.pos.requires_grad:
+        own.pos.requires_grad_()
+    return own
+
+
+def _volume(cell: Tensor | None) -> Tensor:
+    if cell is None:
+        raise StructureError("the batch has no field 'cell', over whose volume a stress is taken")
+    volume: Tensor = torch.linalg.det(cell.reshape(-1, 3, 3)).abs()
+    if (volume == 0).any():
+        graph = int((volume == 0).nonzero()[0])
+        raise StructureError(
+            f"structure {graph} of the batch: its cell has no volume, so that it has no stress"
+        )
+    return volume
+
+
+def _strained(graph: EdgeGraph, strain: Tensor) -> EdgeGraph:
+    """The graph with strained edges; of the strain only what is symmetric, the rest is a turn."""
+    symmetric = (strain + strain.transpose(1, 2)) / 2
+    of_edge = symmetric[graph.batch[graph.target]]
+    vector = graph.vector + torch.bmm(graph.vector[:, None], of_edge)[:, 0]
+    return replace(graph, vector=vector, distance=vector.norm(dim=-1))

@@ -1,0 +1,142 @@
+"""Equiformer (V1): equivariant graph attention on irreps, with depth-wise tensor products."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from e3nn import o3
+from torch import Tensor, nn
+
+from fairchem_equiformer.graph.build import NUM_TAGS, build_graph
+from fairchem_equiformer.models.config_v1 import EquiformerConfig
+from fairchem_equiformer.models.derivatives import with_derivatives
+from fairchem_equiformer.models.load_hooks import explain_misfits
+from fairchem_equiformer.models.readouts import of_all_atoms, sum_over_structures
+from fairchem_equiformer.models.weight_decay import no_weight_decay
+from fairchem_equiformer.nn.irreps.attention import GraphAttention
+from fairchem_equiformer.nn.irreps.block import IrrepsBlock
+from fairchem_equiformer.nn.irreps.edges import IrrepsEdges, irreps_edges
+from fairchem_equiformer.nn.irreps.embedding import IrrepsEdgeDegreeEmbedding, KindEmbedding
+from fairchem_equiformer.nn.irreps.heads import ScalarHead
+from fairchem_equiformer.nn.irreps.norm import IrrepsLayerNorm
+from fairchem_equiformer.nn.radial import ExponentialNormalSmearing, LearnableGaussianSmearing
+from fairchem_equiformer.ops.allocator import keep_freed_memory
+from fairchem_equiformer.so3.irreps import SCALAR, channels_of
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.graph.edge_graph import EdgeGraph
+    from fairchem_equiformer.ops.edges import NodeShare
+
+_BASES = {
+    "learnable_gaussian": LearnableGaussianSmearing,
+    "exponential_normal": ExponentialNormalSmearing,
+}
+
+
+class Equiformer(nn.Module):
+    """Equiformer: energies and, where asked for, forces, stress and other vectors of atoms.
+
+    Args:
+        keys: those of :class:`~fairchem_equiformer.models.config_v1.EquiformerConfig`.
+
+    Raises:
+        ValueError: for an unknown key or an impossible value.
+    """
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__()
+        config = EquiformerConfig.from_keys(keys)
+        self.config = config
+        self.otf_graph = config.otf_graph
+        self.regress_forces = config.regress_forces
+        irreps, feature = config.irreps("irreps_node_embedding"), config.irreps("irreps_feature")
+        scalars = channels_of(irreps, SCALAR)
+        self.atom_embedding = KindEmbedding(config.max_num_elements, scalars)
+        self.tag_embedding = KindEmbedding(NUM_TAGS, scalars) if config.use_tag_embedding else None
+        basis = _BASES[config.distance_function]
+        self.distance_expansion = basis(config.max_radius, config.num_distance_basis)
+        attention, block = config.attention_sizes(), config.block()
+        self.edge_degree_embedding = IrrepsEdgeDegreeEmbedding(attention, config.avg_degree)
+        self.blocks = nn.ModuleList(
+            IrrepsBlock(block, irreps if index < config.num_layers - 1 else feature)
+            for index in range(config.num_layers)
+        )
+        self.norm = IrrepsLayerNorm(feature)
+        self.energy_head = ScalarHead(channels_of(feature, SCALAR))
+        vector = o3.Irreps([(1, config.vector)])
+        self.vector_heads = nn.ModuleDict(
+            {name: GraphAttention(attention, feature, vector) for name in config.vector_heads}
+        )
+        explain_misfits(self)
+
+    def forward(self, data: Any) -> dict[str, Tensor]:
+        """Predict, in the normalised units of training.
+
+        Args:
+            data: any object with the fields of a batch, see
+                :func:`~fairchem_equiformer.graph.build.build_graph`.
+
+        Returns:
+            ``energy`` [B]; with ``regress_forces``, ``forces`` [N, 3]; with ``regress_stress``,
+            ``stress`` [B, 9]; of each of ``vector_outputs`` [N, 3]. Forces and stress that are
+            derivatives are those of the normalised energy.
+
+        Raises:
+            StructureError: for bad input, a ValueError that names structure and value.
+        """
+        keep_freed_memory()
+        if not self.config.gradient_forces:
+            return self._predict(self._graph(data))
+        stress = self.config.regress_stress
+        return with_derivatives(self._graph, self._predict, data, stress=stress)
+
+    def _graph(self, data: Any) -> EdgeGraph:
+        return build_graph(data, self.config.graph(otf=self.otf_graph))
+
+    def _predict(self, graph: EdgeGraph) -> dict[str, Tensor]:
+        """What is no derivative."""
+        config = self.config
+        edges = irreps_edges(
+            graph,
+            config.irreps("irreps_sh"),
+            self.distance_expansion,
+            self.norm.weight.dtype,
+            twice=config.gradient_forces,
+            share=self.node_share(graph),
+        )
+        x = self._embed(graph, edges)
+        for block in self.blocks:
+            x = block(x, edges)
+        x = self.norm(x)
+        energy = sum_over_structures(self.energy_head(x), graph, edges.share)
+        out = {"energy": energy / math.sqrt(config.avg_num_nodes)}
+        for name, head in self.vector_heads.items():
+            out[name] = of_all_atoms(head(x, edges), edges.share)
+        return out
+
+    def _embed(self, graph: EdgeGraph, edges: IrrepsEdges) -> Tensor:
+        """What the blocks start from: [rows, irreps.dim]."""
+        x: Tensor = self.edge_degree_embedding(edges)
+        atoms = self.atom_embedding(edges.rows_of(graph.atomic_numbers))
+        if self.tag_embedding is not None and graph.tags is not None:
+            atoms = atoms + self.tag_embedding(edges.rows_of(graph.tags))
+        width = atoms.shape[1]
+        return torch.cat([x[:, :width] + atoms, x[:, width:]], dim=1)
+
+    def node_share(self, graph: EdgeGraph) -> NodeShare | None:  # noqa: ARG002
+        """The atoms whose features this process computes; None for all.
+
+        A framework that spreads the atoms of a batch over processes overrides this.
+        """
+        return None
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves alone."""
+        return no_weight_decay(self)

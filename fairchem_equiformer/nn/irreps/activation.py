@@ -1,0 +1,64 @@
+"""Activations whose second moment is one, and the equivariant gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from e3nn import o3
+from e3nn.math import normalize2mom
+from torch import Tensor, nn
+
+from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, joined
+
+
+@cache
+def moment_scale(function: Callable[[Tensor], Tensor]) -> float:
+    """What to multiply a function with, so that its mean square on N(0, 1) is one.
+
+    That of e3nn, a mean over a million fixed draws.
+    """
+    return float(normalize2mom(function).cst)
+
+
+def normalized_silu(x: Tensor) -> Tensor:
+    """SiLU of second moment one."""
+    return nn.functional.silu(x) * moment_scale(nn.functional.silu)
+
+
+def normalized_sigmoid(x: Tensor) -> Tensor:
+    """Sigmoid of second moment one."""
+    return torch.sigmoid(x) * moment_scale(torch.sigmoid)
+
+
+class Gate(nn.Module):
+    """SiLU on invariants (0e); each channel of all other irreps times the sigmoid of one more.
+
+    Both are scaled to a second moment of one.
+
+    Args:
+        irreps_out: of the result, with 0e first.
+
+    Attributes:
+        irreps_in: of the input: the same, and an invariant more for each channel that is gated.
+    """
+
+    def __init__(self, irreps_out: o3.Irreps) -> None:
+        super().__init__()
+        self.irreps_out = irreps_out
+        self.num_scalars = channels_of(irreps_out, SCALAR)
+        gated = irreps_out[1:]
+        self.irreps_in = o3.Irreps([(irreps_out.num_irreps, SCALAR), *gated])
+        self._widths = [mul for mul, _ in gated]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, irreps_in.dim] to [n, irreps_out.dim]."""
+        scalars, *gated = blocks(x, self.irreps_in)
+        kept, *gates = scalars.split([self.num_scalars, *self._widths], dim=2)
+        parts = [part * normalized_sigmoid(gate) for part, gate in zip(gated, gates, strict=True)]
+        return joined([normalized_silu(kept), *parts])
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.irreps_in} -> {self.irreps_out}"

@@ -1,0 +1,86 @@
+"""What all layers of Equiformer read of a batch's edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from e3nn import o3
+from torch import Tensor
+
+from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.ops.edges import NodeShare
+from fairchem_equiformer.so3.harmonics import harmonics
+
+
+@dataclass(frozen=True)
+class IrrepsEdges:
+    """Edges of a batch with their harmonics and radial basis.
+
+    A process that has a share of the atoms (graph-parallel training) has the edges to these.
+    """
+
+    source: Tensor  # [E], atom in the batch
+    target: Tensor  # [E], receiving atom among those computed here, ascending
+    basis: Tensor  # [E, num_basis], radial basis functions
+    harmonics: Tensor  # [E, irreps_sh.dim], component-normalised
+    batch: Tensor  # [rows], structure of each atom computed here
+    num_graphs: int
+    rows: slice  # atoms whose features are computed here
+    twice: bool  # whether results are differentiated, and then their derivatives
+    share: NodeShare | None = None  # None where all atoms are computed here
+
+    @property
+    def num_edges(self) -> int:
+        """Number of edges, E."""
+        return len(self.source)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of atoms whose features are computed here."""
+        return len(self.batch)
+
+    def rows_of(self, per_atom: Tensor) -> Tensor:
+        """Entries of a tensor [N, ...] for the atoms computed here."""
+        return per_atom[self.rows]
+
+    def of_all_atoms(self, x: Tensor) -> Tensor:
+        """Features [N, ...] from those of the atoms computed here."""
+        return x if self.share is None else self.share.gather(x)
+
+
+def irreps_edges(
+    graph: EdgeGraph,
+    irreps_sh: o3.Irreps,
+    expansion: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    *,
+    twice: bool = False,
+    share: NodeShare | None = None,
+) -> IrrepsEdges:
+    """Compute what depends on the graph alone, once for all layers.
+
+    Args:
+        graph: sorted by target.
+        irreps_sh: of the harmonics, every degree once.
+        expansion: the radial basis, of distances in Angstrom.
+        dtype: of the features.
+        twice: see :class:`IrrepsEdges`.
+        share: the atoms whose features are computed here, by default all.
+    """
+    rows = slice(0, graph.num_nodes) if share is None else share.rows
+    kept = slice(0, graph.num_edges)
+    if share is not None:
+        kept = slice(int(graph.target_ptr[rows.start]), int(graph.target_ptr[rows.stop]))
+    return IrrepsEdges(
+        source=graph.source[kept],
+        target=graph.target[kept] - rows.start,
+        basis=expansion(graph.distance[kept].to(dtype)),
+        harmonics=harmonics(graph.vector[kept], irreps_sh.lmax).to(dtype),
+        batch=graph.batch[rows],
+        num_graphs=graph.num_graphs,
+        rows=rows,
+        twice=twice,
+        share=share,
+    )

@@ -1,0 +1,34 @@
+"""Readout of Equiformer's invariants."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from fairchem_equiformer.nn.irreps.activation import normalized_silu
+
+
+class ScalarHead(nn.Module):
+    """One number of each atom from its invariants, which stand first among its features.
+
+    Linear layer, SiLU of second moment one, linear layer; weights start as N(0, 1 / channels).
+
+    Args:
+        channels: invariants of an atom.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, channels)
+        self.linear_2 = nn.Linear(channels, 1)
+        for layer in (self.linear_1, self.linear_2):
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(channels))
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, irreps.dim] to [rows]."""
+        hidden = normalized_silu(self.linear_1(x[:, : self.channels]))
+        out: Tensor = self.linear_2(hidden)[:, 0]
+        return out
