@@ -76,6 +76,24 @@ def test_changed_weights_are_seen(changes):
     assert not torch.equal(before["energy"], after["energy"])
 
 
+@pytest.mark.parametrize("change", ["parameter", "module", "data"])
+def test_replaced_weights_are_seen(change):
+    model, other, frozen = ours(), ours(), FrozenWeights()
+    with frozen.used_by(model):
+        before = predict(model)
+    layer, new = model.blocks[0].ga.so2_conv_1, other.blocks[0].ga.so2_conv_1
+    if change == "parameter":
+        layer.fc_m0.weight = new.fc_m0.weight
+    elif change == "module":
+        layer.fc_m0 = new.fc_m0
+    else:
+        layer.fc_m0.weight.data = new.fc_m0.weight.data
+    with frozen.used_by(model):
+        after = predict(model)
+    assert_same_bits(after, predict(model))
+    assert not torch.equal(before["energy"], after["energy"])
+
+
 def test_outside_nothing_is_kept():
     """fairchem's moving averages come and go through `.data`, which leaves no trace."""
     model = ours()

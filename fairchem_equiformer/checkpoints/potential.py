@@ -86,5 +86,6 @@ class Potential(nn.Module):
             return value
         references = self.get_buffer(f"{target}_references")
         numbers = batch.atomic_numbers.long()
-        graph = torch.repeat_interleave(torch.as_tensor(batch.natoms, device=value.device))
+        natoms = torch.as_tensor(batch.natoms, device=value.device)
+        graph = torch.repeat_interleave(natoms, output_size=len(numbers))
         return value + segment_sum(references[numbers].to(value), graph, len(value))

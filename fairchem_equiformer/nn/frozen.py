@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 T = TypeVar("T")
 
@@ -35,9 +35,13 @@ class FrozenWeights:
 
     def __init__(self) -> None:
         self._made: _Made = {}
-        self._state: list[tuple[int, int, int]] = []
-        # As long as these live, no other tensor has their ids or their storages' addresses.
-        self._seen: list[tuple[nn.Parameter, Tensor]] = []
+        self._model: nn.Module | None = None
+        self._state: list[int] = []
+        # Of all modules. Walking through them anew would take half a millisecond at each call.
+        self._parts: list[dict[str, nn.Module | None]] = []
+        self._parameters: list[dict[str, nn.Parameter | None]] = []
+        # As long as these live, no other object has their ids or their storages' addresses.
+        self._seen: list[object] = []
 
     def __reduce__(self) -> tuple[type[FrozenWeights], tuple[()]]:
         return FrozenWeights, ()
@@ -45,17 +49,33 @@ class FrozenWeights:
     @contextmanager
     def used_by(self, model: nn.Module) -> Iterator[None]:
         """Within, forward passes of this model use what they find and keep what they make."""
-        parameters = list(model.parameters())
-        state = [(id(p), p.data_ptr(), p._version) for p in parameters]  # noqa: SLF001
-        if state != self._state:
-            self._made = {module: {} for module in model.modules()}
-            self._seen = [(p, p.detach()) for p in parameters]
-            self._state = state
+        if model is not self._model or self._state_now() != self._state:
+            self._look_at(model)
         token = _in_use.set(self._made)
         try:
             yield
         finally:
             _in_use.reset(token)
+
+    def _look_at(self, model: nn.Module) -> None:
+        """Begin anew, on the weights as they are."""
+        modules = list(model.modules())
+        self._model = model
+        self._made = {module: {} for module in modules}
+        self._parts = [module._modules for module in modules]  # noqa: SLF001
+        self._parameters = [module._parameters for module in modules]  # noqa: SLF001
+        parameters = list(model.parameters())
+        self._seen = [*modules, *parameters, *(p.detach() for p in parameters)]
+        self._state = self._state_now()
+
+    def _state_now(self) -> list[int]:
+        """Which modules and parameters there are, and where and how often changed these are."""
+        state = [id(part) for parts in self._parts for part in parts.values()]
+        for parameters in self._parameters:
+            for p in parameters.values():
+                if p is not None:
+                    state += (id(p), p.data_ptr(), p._version)  # noqa: SLF001
+        return state
 
 
 def kept(module: nn.Module, name: str, dtype: torch.dtype, make: Callable[[], T]) -> T | None:
