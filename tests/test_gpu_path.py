@@ -21,7 +21,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairchem_equiformer import EquiformerV2
-from fairchem_equiformer.graph.build import build_graph
+from fairchem_equiformer.graph.build import GraphConfig, build_graph
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.graph.padding import filled_up
 from fairchem_equiformer.models import EnergyHead, EquiformerV2Hydra, ForceHead, StressHead
@@ -183,3 +183,24 @@ def test_taking_by_the_way_that_a_gpu_takes():
         assert torch.equal(found, expected)
         wanted, got = (torch.autograd.grad(y.square().sum(), x)[0] for y in (expected, found))
         assert_close(got, wanted, "segments")
+
+
+class NoProductsInFloat32(TorchDispatchMode):
+    """Refuses what a GPU may round to TF32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
+            assert args[-1].dtype == torch.float64, f"{func} in {args[-1].dtype}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("max_radius", [6.0, 12.0])  # few images, and a table of many
+def test_edges_are_made_without_products_that_tf32_rounds(max_radius, monkeypatch):
+    """TF32 keeps 10 bits: the end of a cell of 30 Angstrom would move by 0.01."""
+    config = GraphConfig(max_radius=max_radius, max_neighbors=12)
+    expected = build_graph(three_slabs(), config)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with NoProductsInFloat32():
+        found = build_graph(three_slabs(), config)
+    for name in ("source", "target", "vector"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))

@@ -328,7 +328,9 @@ def _warn_of_cut_ties(structures: _Structures, cut: Tensor) -> None:
 def _edge_graph(structures: _Structures, edges: NeighborList, tags: Tensor | None) -> EdgeGraph:
     source, target, image, _ = edges
     pos, cell = structures.pos, structures.cell[structures.batch[target]]
-    offset = torch.bmm(image.to(cell.dtype).unsqueeze(1), cell).squeeze(1)
+    # No matrix product, which a GPU may round to TF32: that moves images by 0.01 Angstrom.
+    a, b, c = (image.to(cell.dtype).unsqueeze(2) * cell).unbind(dim=1)
+    offset = (a + b) + c
     vector = pos[source] - pos[target] + offset.to(pos.dtype)
     distance = vector.norm(dim=-1)
     _check_distances(structures, edges, distance)
