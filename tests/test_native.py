@@ -15,6 +15,7 @@ import torch
 from e3nn import o3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.ops import native
@@ -27,6 +28,7 @@ from fairchem_equiformer.ops.attention_softmax import (
 from fairchem_equiformer.ops.depthwise_tensor_product import Ends, depthwise_tensor_product
 from fairchem_equiformer.ops.edges import chunk_frames
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
+from fairchem_equiformer.ops.head_sums import Targets, head_dot, head_sum
 from fairchem_equiformer.ops.message import message, message_backward
 from fairchem_equiformer.ops.native import interface, loader
 from fairchem_equiformer.ops.radial import (
@@ -377,6 +379,20 @@ def depthwise_problem():
     return both, [torch.randn(*shape) for shape in shapes]
 
 
+def head_problem():
+    """Second derivatives too, which take what the first ones are made of."""
+    degrees = torch.tensor([0, 30, 0, 50, 70])
+    target = torch.arange(5).repeat_interleave(degrees)
+    targets = Targets(target, functional.pad(degrees.cumsum(0), (1, 0)))
+
+    @differentiated
+    def both(alpha, x, atoms):
+        (x_grad,) = torch.autograd.grad(head_dot(x, atoms, targets), x, alpha, create_graph=True)
+        return head_sum(alpha, x, targets) + head_sum(alpha, x_grad, targets)
+
+    return both, [torch.randn(*shape) for shape in ((150, 5), (150, 48), (5, 5, 48))]
+
+
 PROBLEMS = {
     "S2 activation": partial(grid_problem, "s2"),
     "grid MLP": partial(grid_problem, "mlp"),
@@ -387,6 +403,7 @@ PROBLEMS = {
     "radial, first layer": first_layer_problem,
     "radial, norm": norm_problem,
     "depth-wise tensor product": depthwise_problem,
+    "sums by heads": head_problem,
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 

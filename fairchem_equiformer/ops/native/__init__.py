@@ -15,6 +15,7 @@ from fairchem_equiformer.ops.native.depthwise_tensor_product import (
     DepthwiseKernels,
     depthwise_kernels,
 )
+from fairchem_equiformer.ops.native.head_sums import HeadSumKernels, head_sum_kernels
 from fairchem_equiformer.ops.native.message import MessageKernels, message_kernels
 from fairchem_equiformer.ops.native.radial import (
     GaussianKernels,
@@ -28,6 +29,7 @@ __all__ = [
     "DepthwiseKernels",
     "GaussianKernels",
     "GridKernels",
+    "HeadSumKernels",
     "LogitKernels",
     "MessageKernels",
     "NormSiLUKernels",
@@ -35,6 +37,7 @@ __all__ = [
     "depthwise_kernels",
     "gaussian_kernels",
     "grid_kernels",
+    "head_sum_kernels",
     "logit_kernels",
     "message_kernels",
     "norm_silu_kernels",

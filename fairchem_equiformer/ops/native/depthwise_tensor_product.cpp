@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int MAX_SIZE = 9;         // components of degree 4
+constexpr int MAX_SIZE = 13;        // components of degree 6
 constexpr int MAX_FEATURES = 4096;  // numbers of an edge's features, summed on the stack
 // Edges whose parts of the gradient of shared weights are added up in one row: rows of threads would
 // round otherwise with another number of threads.
@@ -108,7 +108,9 @@ INLINE void for_size(int64_t size, const Work& work) {
     case 3: return work(std::integral_constant<int, 3>{});
     case 5: return work(std::integral_constant<int, 5>{});
     case 7: return work(std::integral_constant<int, 7>{});
-    default: return work(std::integral_constant<int, 9>{});
+    case 9: return work(std::integral_constant<int, 9>{});
+    case 11: return work(std::integral_constant<int, 11>{});
+    default: return work(std::integral_constant<int, 13>{});
   }
 }
 
@@ -176,7 +178,7 @@ const char* depthwise_misfit(const Product* product) {
   if (product->features > MAX_FEATURES) return "an edge has more than 4096 features";
   for (int64_t p = 0; p < product->paths; p++) {
     if (product->size[p] > MAX_SIZE || product->out_size[p] > MAX_SIZE)
-      return "there are degrees above 4";
+      return "there are degrees above 6";
     if (const char* misfit = misfit_of_width(product->channels[p])) return misfit;
   }
   return nullptr;

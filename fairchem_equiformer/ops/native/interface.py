@@ -184,6 +184,11 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         None,
         (_PRODUCT, _FEATURES, _F, _F, _N, _F, _F, _F, _F, _N, _THREADS),
     ),
+    # head_sums.cpp
+    "head_sums_misfit": (c_char_p, (_N,)),
+    "head_sum": (None, (_F, _F, _I, _N, _N, _F, _N, _THREADS)),
+    "head_dot": (None, (_F, _F, _I, _N, _N, _F, _N, _THREADS)),
+    "head_spread": (None, (_F, _F, _I, _N, _N, _F, _N, _THREADS)),
 }
 
 
