@@ -30,5 +30,6 @@ class ScalarHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[rows, irreps.dim] to [rows]."""
         hidden = normalized_silu(self.linear_1(x[:, : self.channels]))
-        out: Tensor = self.linear_2(hidden)[:, 0]
+        # Not by a matrix of one row: its second derivative has strides that DDP warns of.
+        out: Tensor = hidden @ self.linear_2.weight[0] + self.linear_2.bias
         return out
