@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import test_configs, test_is2re, test_omat24, test_own_data, test_qm9
+from tests import test_configs, test_is2re, test_md17, test_omat24, test_own_data, test_qm9
 from tests.test_configs import CONFIGS
 
 if TYPE_CHECKING:
@@ -53,6 +53,13 @@ def expected() -> dict[str, int]:
     counts |= {f"omat24/{name}.yml": count for name, count in test_omat24.PARAMETERS.items()}
     counts["omat24/finetune.yml"] = test_omat24.PARAMETERS["eqv2_31M"]
     counts["own_data/eqv2_31M.yml"] = test_own_data.PARAMETERS
+    counts |= {
+        f"md17/{name}": scripts.parameters for name, scripts in test_md17.EXPERIMENTS.items()
+    }
+    counts |= {
+        f"qm9/{name}": test_qm9.VARIANTS[scripts.variant][2]
+        for name, scripts in test_qm9.EQUIFORMER.items()
+    }
     return counts | {f"qm9/{n}": test_qm9.expected_parameters(n) for n in test_qm9.EXPERIMENTS}
 
 

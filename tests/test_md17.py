@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from ase.calculators.fd import calculate_numerical_forces
+from fairchem.core import OCPCalculator
+from fairchem.core.common.utils import load_config
 from fairchem.core.datasets import data_list_collater
 from fairchem.core.datasets.base_dataset import create_dataset
 
 from benchmarks import molecule
+from fairchem_equiformer.fairchem1 import cli
 from fairchem_equiformer.fairchem1.data import md17
+from tests.test_configs import CONFIGS, trainable_parameters
 
 FORMAT = "fairchem_equiformer.MD17Dataset"
 COUNT = 40
@@ -204,3 +210,219 @@ class TestDownload:
         with pytest.raises(OSError, match=r"no md17_uracil.npz in .* cannot be read"):
             md17.prepare(tmp_path, "uracil")
         assert list(tmp_path.iterdir()) == []
+
+
+class Scripts(NamedTuple):
+    """One training as in the authors' public scripts, typed from there."""
+
+    force_coefficient: float
+    lr: float
+    batch_size: int
+    epochs: int
+    parameters: int
+
+
+LMAX_2 = Scripts(80, 5e-4, 8, 1500, 3_496_001)
+LMAX_3 = Scripts(100, 2e-4, 5, 2000, 5_500_865)
+EXPERIMENTS = {
+    **{
+        f"lmax_2/{name}.yml": LMAX_2 for name in ("aspirin", "ethanol", "salicylic_acid", "toluene")
+    },
+    "lmax_2/benzene.yml": LMAX_2._replace(lr=1e-4),
+    "lmax_2/malonaldehyde.yml": LMAX_2._replace(force_coefficient=100),
+    "lmax_2/naphthalene.yml": LMAX_2._replace(force_coefficient=20),
+    "lmax_2/uracil.yml": LMAX_2._replace(force_coefficient=20),
+    **{f"lmax_3/{name}.yml": LMAX_3 for name in md17.MOLECULES},
+    "lmax_3/benzene.yml": LMAX_3._replace(lr=1e-4, force_coefficient=80),
+    "lmax_3/ethanol.yml": LMAX_3._replace(force_coefficient=80),
+}
+# Irreps of features, harmonics, heads and feed-forward networks.
+IRREPS = {
+    "lmax_2": (
+        *("128x0e+64x1e+32x2e", "1x0e+1x1e+1x2e"),
+        *("32x0e+16x1e+8x2e", "384x0e+192x1e+96x2e"),
+    ),
+    "lmax_3": (
+        *("128x0e+64x1e+64x2e+32x3e", "1x0e+1x1e+1x2e+1x3e"),
+        *("32x0e+16x1e+16x2e+8x3e", "384x0e+192x1e+192x2e+96x3e"),
+    ),
+}
+
+every_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
+
+
+def config_of(name):
+    config, _, conflicts = load_config(CONFIGS / "md17" / name)
+    assert conflicts == []
+    return config
+
+
+class TestConfigs:
+    def test_every_file_is_an_experiment(self):
+        folder = CONFIGS / "md17"
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*.yml")}
+        assert {name for name in files if not name.endswith("base.yml")} == set(EXPERIMENTS)
+        assert len(EXPERIMENTS) == 2 * len(md17.MOLECULES)
+
+    @every_experiment
+    def test_the_model_is_the_papers(self, name):
+        model = config_of(name)["model"]
+        assert trainable_parameters(json.dumps(model)) == EXPERIMENTS[name].parameters
+        kinds = ("node_embedding", "sh", "head", "mlp_mid")
+        assert tuple(model[f"irreps_{kind}"] for kind in kinds) == IRREPS[name.split("/")[0]]
+        same_in_all = {
+            "num_layers": 6,
+            "num_heads": 4,
+            "irreps_feature": "512x0e",
+            "max_num_elements": 64,
+            "distance_function": "exponential_normal",
+            "num_distance_basis": 32,
+            "max_radius": 5.0,
+            "alpha_drop": 0.0,
+            "attention": "mlp",
+            "nonlinear_message": True,
+            "regress_forces": True,
+            "direct_forces": False,
+        }
+        assert {key: model[key] for key in same_in_all} == same_in_all
+
+    @every_experiment
+    def test_training_is_the_scripts(self, name):
+        config, scripts = config_of(name), EXPERIMENTS[name]
+        optim, train = config["optim"], config["dataset"]["train"]
+        assert (optim["batch_size"], optim["max_epochs"]) == (scripts.batch_size, scripts.epochs)
+        assert optim["lr_initial"] == scripts.lr
+        assert optim["optimizer_params"] == {"weight_decay": 1e-6}
+        schedule = optim["scheduler_params"]
+        assert (schedule["lambda_type"], schedule["warmup_epochs"]) == ("cosine", 10)
+        assert schedule["warmup_factor"] * scripts.lr == pytest.approx(1e-6)
+        assert schedule["lr_min_factor"] * scripts.lr == pytest.approx(1e-6)
+        assert config["loss_functions"] == [
+            {"energy": {"fn": "mae", "coefficient": 1}},
+            {"forces": {"fn": "l2mae", "coefficient": scripts.force_coefficient}},
+        ]
+        assert train["molecule"] == Path(name).stem
+        assert not {"num_train", "num_val"} & set(train)
+
+
+# The whole architecture at a size that trains in seconds; beside it the data, and few epochs.
+TINY = {
+    "model": {
+        "num_layers": 1,
+        "irreps_node_embedding": "16x0e+8x1e",
+        "irreps_sh": "1x0e+1x1e",
+        "irreps_head": "8x0e+4x1e",
+        "irreps_mlp_mid": "32x0e+16x1e",
+        "irreps_feature": "32x0e",
+        "num_distance_basis": 16,
+        "edge_channels": 16,
+    },
+    "dataset.train": SIZES,
+    "optim": {
+        "lr_initial": 0.005,
+        "eval_batch_size": 8,
+        "num_workers": 0,
+        "max_epochs": 12,
+        "eval_every": 36,  # the last step
+        "scheduler_params.warmup_epochs": 1,
+    },
+}
+
+
+def command_of(mode, src):
+    config = CONFIGS / "md17" / "lmax_2" / "ethanol.yml"
+    command = ["main", "--mode", mode, "--config-yml", str(config), "--cpu"]
+    command += [f"--dataset.{split}.src={src}" for split in ("train", "val")]
+    return command + [
+        f"--{section}.{key}={value}"
+        for section, keys in TINY.items()
+        for key, value in keys.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def fairchem(src, tmp_path_factory):
+    """`fairchem main` on the trajectory with a model cut down: `run(mode)` returns its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(mode, *overrides):
+        command = [*command_of(mode, src), "--run-dir", str(folder), "--seed", "0"]
+        command += ["--timestamp-id", mode]
+        if mode != "train":
+            checkpoint = folder / "checkpoints" / "train" / "best_checkpoint.pt"
+            command += ["--checkpoint", str(checkpoint)]
+        assert cli.main([*command, *overrides]) == 0
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(fairchem):
+    """The checkpoint of a training."""
+    return fairchem("train") / "checkpoints" / "train" / "best_checkpoint.pt"
+
+
+class TestTraining:
+    """Forces by autograd in every mode of fairchem, which evaluates under `torch.no_grad`."""
+
+    def test_forces_are_scaled_as_the_energy(self, trained, dataset):
+        scales = torch.load(trained, weights_only=False)["normalizers"]
+        energies = torch.cat([entry.energy for entry in dataset()])
+        assert scales["energy"]["rmsd"].item() == pytest.approx(energies.std().item(), rel=1e-5)
+        assert scales["forces"]["rmsd"] == scales["energy"]["rmsd"]
+        assert scales["forces"]["mean"] == 0
+
+    @pytest.mark.usefixtures("trained")
+    def test_prediction_is_what_was_learnt(self, fairchem, dataset, src, caplog):
+        caplog.set_level("INFO")
+        fairchem("validate", "--dataset.val.split=test")
+        folder = fairchem("predict", f"--dataset.test.src={src}")
+        with np.load(folder / "results" / "predict" / "s2ef_predictions.npz") as file:
+            sids, forces = file["ids"].tolist(), np.split(file["forces"], file["chunk_idx"])
+        labels = {entry.sid: entry.forces.numpy() for entry in dataset("test")}
+        assert sorted(sids) == sorted(labels)
+        wrong = [abs(found - labels[sid]) for sid, found in zip(sids, forces, strict=True)]
+        (logged,) = re.findall(r"forces_mae: (\d+\.\d+), loss", caplog.text)
+        assert float(logged) == pytest.approx(np.mean(wrong), abs=1e-4)
+        assert np.mean(wrong) < 0.7 * np.mean([abs(force) for force in labels.values()])
+
+    def test_calculator_gives_the_gradient(self, trained, dataset):
+        """fairchem's, in single precision: the step is as long as that asks for."""
+        atoms = molecule.elastic()
+        atoms.positions = dataset("test")[0].pos.numpy()
+        atoms.calc = OCPCalculator(checkpoint_path=str(trained), cpu=True)
+        gradient = calculate_numerical_forces(atoms, eps=2e-3)
+        np.testing.assert_allclose(atoms.get_forces(), gradient, rtol=0, atol=5e-3)
+
+    def test_refuses_a_scale_of_forces_of_their_own(self, src, tmp_path):
+        command = [*command_of("train", src), "--run-dir", str(tmp_path)]
+        fit = "--dataset.train.transforms.normalizer.fit.targets.forces.mean=0.0"
+        with pytest.raises(ValueError, match=r"normalizer has `forces`, .*: delete it"):
+            cli.main([*command, fit])
+
+
+class TestBadInput:
+    """Ends in one line, before a run has begun."""
+
+    @pytest.fixture
+    def message(self, capsys, src):
+        def run(*overrides):
+            assert cli.main([*command_of("train", src), *overrides]) == 2
+            text = capsys.readouterr().err
+            assert text.count("\n") == 1
+            return text
+
+        return run
+
+    def test_molecule(self, message):
+        text = message("--dataset.train.molecule=etanol")
+        assert "dataset.train: molecule is 'etanol', it must be one of" in text
+
+    def test_missing_file(self, message, tmp_path, monkeypatch):
+        def fail(url, file):  # noqa: ARG001
+            raise URLError("Name or service not known")
+
+        monkeypatch.setattr(md17, "download_url_to_file", fail)
+        text = message(f"--dataset.train.src={tmp_path}")
+        assert f"dataset.train: src: no md17_ethanol.npz in {tmp_path}, and downloading" in text

@@ -162,6 +162,12 @@ class TestEntries:
         assert batch.fixed.shape == batch.atomic_numbers.shape
         assert part.get_metadata("natoms", list(range(4)))[0].tolist() == batch.natoms.tolist()
 
+    def test_have_the_names_that_they_are_given(self, dataset):
+        renamed = dataset(key_mapping={"target": "energy"})
+        for entry, other in zip(renamed, dataset(), strict=True):
+            assert "target" not in entry
+            assert torch.equal(entry.energy, other.target)
+
     def test_name_a_bad_key(self, dataset):
         with pytest.raises(ValueError, match=r"target is 'U_0', .*; did you mean 'u0'\?"):
             dataset(target="U_0")
@@ -345,7 +351,8 @@ class TestConfigs:
     def test_every_file_is_an_experiment_of_the_table(self):
         folder = CONFIGS / "qm9"
         files = {str(path.relative_to(folder)) for path in folder.rglob("*.yml")}
-        assert files - {"base.yml", "noisy_nodes/base.yml"} == set(EXPERIMENTS)
+        experiments = {name for name in files if not name.endswith("base.yml")}
+        assert experiments == set(EXPERIMENTS) | set(EQUIFORMER)
         trained_on = {config_of(name)["dataset"]["train"]["target"] for name in EXPERIMENTS}
         assert trained_on == set(qm9.TARGETS)
 
@@ -423,6 +430,81 @@ class TestConfigs:
             assert train["target"] == stem(name)
 
 
+class Scripts(NamedTuple):
+    """One training of Equiformer (V1) as in the authors' public scripts, typed from there."""
+
+    variant: str = "non-linear"
+    batch_size: int = 128
+    lr: float = 5e-4
+    epochs: int = 300
+    weight_decay: float = 5e-3
+    dropout: float = 0.2
+
+
+_SIX = ("mu", "alpha", "homo", "lumo", "gap", "cv")
+_ATOMIZATION = Scripts(batch_size=64, lr=1.5e-4, epochs=600, weight_decay=0.0, dropout=0.0)
+EQUIFORMER = {
+    **{f"equiformer/{target}.yml": Scripts() for target in (*_SIX, "zpve")},
+    "equiformer/r2.yml": Scripts(dropout=0.1),
+    **{f"equiformer/{target}.yml": _ATOMIZATION for target in ("g", "h", "u", "u0")},
+    **{f"equiformer/linear_messages/{target}.yml": Scripts("linear") for target in _SIX},
+    **{f"equiformer/dot_product/{target}.yml": Scripts("dot product") for target in _SIX},
+}
+# (attention, non-linear messages) of each variant, and its size: 3.53M, 3.01M and 3.35M.
+VARIANTS = {
+    "non-linear": ("mlp", True, 3_531_715),
+    "linear": ("mlp", False, 3_008_515),
+    "dot product": ("dot_product", False, 3_352_579),
+}
+
+every_equiformer = pytest.mark.parametrize("name", EQUIFORMER)
+
+
+class TestEquiformerConfigs:
+    @every_equiformer
+    def test_the_model_is_the_papers(self, name):
+        model = config_of(name)["model"]
+        attention, nonlinear, parameters = VARIANTS[EQUIFORMER[name].variant]
+        assert trainable_parameters(json.dumps(model)) == parameters
+        same_in_all = {
+            "name": "fairchem_equiformer.Equiformer",
+            "num_layers": 6,
+            "irreps_node_embedding": "128x0e+64x1e+32x2e",
+            "irreps_sh": "1x0e+1x1e+1x2e",
+            "irreps_head": "32x0e+16x1e+8x2e",
+            "num_heads": 4,
+            "irreps_mlp_mid": "384x0e+192x1e+96x2e",
+            "irreps_feature": "512x0e",
+            "max_radius": 5.0,
+            "distance_function": "learnable_gaussian",
+            "num_distance_basis": 128,
+            "max_num_elements": 5,
+            "use_tag_embedding": False,
+            "regress_forces": False,
+            "attention": attention,
+            "nonlinear_message": nonlinear,
+            "alpha_drop": EQUIFORMER[name].dropout,
+        }
+        assert {key: model[key] for key in same_in_all} == same_in_all
+
+    @every_equiformer
+    def test_training_is_the_scripts(self, name):
+        config, scripts = config_of(name), EQUIFORMER[name]
+        optim, train = config["optim"], config["dataset"]["train"]
+        assert (optim["batch_size"], optim["max_epochs"]) == (scripts.batch_size, scripts.epochs)
+        assert optim["lr_initial"] == scripts.lr
+        assert optim["optimizer_params"] == {"weight_decay": scripts.weight_decay}
+        schedule = optim["scheduler_params"]
+        assert schedule["warmup_epochs"] == 5
+        assert schedule["warmup_factor"] * scripts.lr == pytest.approx(1e-6, rel=0.01)
+        assert schedule["lr_min_factor"] * scripts.lr == pytest.approx(1e-6, rel=0.01)
+        assert config["loss_functions"] == [{"energy": {"fn": "mae", "coefficient": 1}}]
+        assert train["key_mapping"] == {"target": "energy"}
+        assert train["target"] == stem(name)
+        scaled = train["transforms"]["normalizer"] is not None
+        assert scaled == (train["target"] not in ("u0", "u", "h", "g"))
+
+
 # The whole architecture at a size that trains in seconds; beside it the data, and few epochs.
 TINY = {
     "model.backbone": {
@@ -496,6 +578,31 @@ def test_training_and_prediction(name, lr, fairchem, dataset, src, caplog):
     predicted = dict(zip(found["ids"], found["target"].flatten().tolist(), strict=True))
     mean_error = np.mean([abs(predicted[sid] - labels[sid]) for sid in labels])
     assert values(caplog.text) == [pytest.approx(mean_error, abs=1e-3)]
+
+
+def test_training_and_prediction_of_equiformer(src, tmp_path, caplog):
+    """Whose flat model calls every property an energy."""
+    caplog.set_level("INFO")
+    sizes = {
+        "num_layers": 1,
+        "irreps_node_embedding": "16x0e+8x1e",
+        "irreps_sh": "1x0e+1x1e",
+        "irreps_head": "8x0e+4x1e",
+        "irreps_mlp_mid": "32x0e+16x1e",
+        "irreps_feature": "32x0e",
+        "num_distance_basis": 16,
+    }
+    command = [
+        word for word in command_of("equiformer/gap.yml", "train", src) if "model." not in word
+    ]
+    command += [f"--model.{key}={value}" for key, value in sizes.items()]
+    command += ["--run-dir", str(tmp_path), "--timestamp-id", "equiformer", "--seed", "0"]
+    command += ["--optim.lr_initial=0.01", "--optim.max_epochs=6", "--optim.eval_every=2"]
+    assert cli.main([*command, f"--dataset.test.src={src}"]) == 0
+    errors = [float(found) for found in re.findall(r"energy_mae: (\d+\.\d+), loss", caplog.text)]
+    assert min(errors) < 0.8 * errors[0]
+    with np.load(tmp_path / "results" / "equiformer" / "is2re_predictions.npz") as file:
+        assert file["energy"].shape == (len(file["ids"]), 1) == (4, 1)
 
 
 class TestBadInput:

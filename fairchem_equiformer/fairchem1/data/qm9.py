@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from fairchem.core.datasets._utils import rename_data_object_keys
 from fairchem.core.datasets.base_dataset import BaseDataset
 from torch import Tensor
 from torch.hub import download_url_to_file
@@ -66,6 +67,8 @@ class QM9Dataset(BaseDataset):
       subtracted.
     - `num_train`, `num_val`: sizes of the partition, by default Equiformer's 110,000 and 10,000;
       the rest are for testing.
+    - `key_mapping`: other names for fields of an entry, as for fairchem's datasets; the flat models
+      call `energy` what is `target` here.
     - `noisy_nodes`: the keys of
       :class:`~fairchem_equiformer.fairchem1.data.noisy_nodes.NoisyNodes`. It stands under
       `train_split_settings`, which fairchem hands to the training set alone.
@@ -106,7 +109,7 @@ class QM9Dataset(BaseDataset):
             clean = pos
             pos, moved = corrupt(clean, self.noise, item_generator(index))
             denoising[moved] = (pos - clean)[moved] / self.noise.std
-        return Data(
+        entry = Data(
             pos=pos,
             atomic_numbers=self.molecules.elements[first:last],
             natoms=last - first,
@@ -115,6 +118,7 @@ class QM9Dataset(BaseDataset):
             target=self.values[member : member + 1],
             denoising=denoising,
         )
+        return rename_data_object_keys(entry, self.config.get("key_mapping") or {})
 
 
 def atom_energies(target: str) -> Tensor:
