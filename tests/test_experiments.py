@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import test_configs, test_is2re, test_md17, test_omat24, test_own_data, test_qm9
+from tests import (
+    test_configs,
+    test_equiformer_v1_configs,
+    test_is2re,
+    test_md17,
+    test_omat24,
+    test_own_data,
+    test_qm9,
+)
 from tests.test_configs import CONFIGS
 
 if TYPE_CHECKING:
@@ -50,6 +58,7 @@ def expected() -> dict[str, int]:
     """The numbers that the models are tested for."""
     counts = {name: paper.parameters for name, paper in test_configs.EXPERIMENTS.items()}
     counts |= {f"oc20/is2re/{n}.yml": p.parameters for n, p in test_is2re.EXPERIMENTS.items()}
+    counts |= test_equiformer_v1_configs.PARAMETERS
     counts |= {f"omat24/{name}.yml": count for name, count in test_omat24.PARAMETERS.items()}
     counts["omat24/finetune.yml"] = test_omat24.PARAMETERS["eqv2_31M"]
     counts["own_data/eqv2_31M.yml"] = test_own_data.PARAMETERS
