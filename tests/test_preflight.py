@@ -264,11 +264,13 @@ def test_truncated_checkpoint(fairchem, tiny_config, checkpoint, keep):
     assert_one_line(result, checkpoint, "cannot be read")
 
 
-@pytest.mark.parametrize("content", [{"weights": {}}, [1, 2]])
-def test_file_that_is_no_checkpoint(fairchem, tiny_config, checkpoint, content):
+@pytest.mark.parametrize(
+    ("content", "wrong"), [({"weights": {}}, "no state_dict"), ([1, 2], "it holds list")]
+)
+def test_file_that_is_no_checkpoint(fairchem, tiny_config, checkpoint, content, wrong):
     torch.save(content, checkpoint)
     result = fairchem(tiny_config, "--checkpoint", checkpoint)
-    assert_one_line(result, checkpoint, "no state_dict")
+    assert_one_line(result, checkpoint, wrong)
 
 
 def test_checkpoint_of_an_old_torch_passes(fairchem, tiny_config, checkpoint):

@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _relax(options: argparse.Namespace) -> None:
     index, count = options.shard
-    placements = read_placements(options.placements, options.mapping)[index - 1 :: count]
+    placements = read_placements(options.placements, options.mapping, trusted=options.trusted)[
+        index - 1 :: count
+    ]
     relaxer = _calculator_relaxer(options) if options.calculator else _model_relaxer(options)
     # One by one, a calculator loses nothing if it is interrupted, and its failure has one name.
     one_by_one = isinstance(relaxer, relaxation.CalculatorRelaxer)
@@ -77,7 +79,7 @@ def _model_relaxer(options: argparse.Namespace) -> relaxation.Relaxer:
         from fairchem_equiformer.adsorbml.batches import ModelRelaxer  # noqa: PLC0415
 
         settings = relaxation.Settings(by, device, options.steps, options.fmax)
-        return ModelRelaxer(checkpoint, config_yml, settings)
+        return ModelRelaxer(checkpoint, config_yml, settings, trusted=options.trusted)
     if config_yml is not None or (options.batch_size or 1) > 1:
         raise InputError(
             "--batch-size above 1 and --config-yml need fairchem-core 1.10, whose LBFGS relaxes"
@@ -92,7 +94,7 @@ def _model_relaxer(options: argparse.Namespace) -> relaxation.Relaxer:
 
 def _rank(options: argparse.Namespace) -> None:
     pairs = ranking.rank(
-        read_placements(options.placements, options.mapping),
+        read_placements(options.placements, options.mapping, trusted=options.trusted),
         options.run,
         options.slabs or str(options.placements / "{pair}" / f"{SLAB}.*"),
         options.criteria,
@@ -130,7 +132,7 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _oc20_dense(options: argparse.Namespace) -> None:
-    reference = read_oc20_dense(options.mappings)
+    reference = read_oc20_dense(options.mappings, trusted=options.trusted)
     write_json(options.reference, {name: asdict(known) for name, known in reference.items()})
     _say(f"{options.reference}: {len(reference)} pairs")
 
@@ -165,11 +167,6 @@ def _parser() -> argparse.ArgumentParser:
         help="config of the model, in batches (default: the checkpoint's)",
     )
     relax.add_argument("--cpu", action="store_true", help="relax on the CPU, not on a GPU")
-    relax.add_argument(
-        "--trusted",
-        action="store_true",
-        help="run whatever the checkpoint asks for when it is read; in batches it always is",
-    )
     relax.add_argument(
         "--steps",
         type=_positive,
@@ -259,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     dense = commands.add_parser("oc20-dense", help="make the reference of OC20-Dense")
     dense.add_argument("mappings", type=Path, help="folder of oc20_dense_mappings.tar.gz, unpacked")
     dense.add_argument("reference", type=Path, help="JSON file to write")
+    _add_trusted(dense)
     dense.set_defaults(command=_oc20_dense)
     return parser
 
@@ -267,6 +265,15 @@ def _add_placements(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("placements", type=Path, help="folder PAIR/PLACEMENT.traj, or an LMDB")
     parser.add_argument(
         "--mapping", type=Path, help="for an LMDB: JSON or pickle, sid to system_id and config_id"
+    )
+    _add_trusted(parser)
+
+
+def _add_trusted(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trusted",
+        action="store_true",
+        help="run whatever a checkpoint or pickle asks for when it is read",
     )
 
 

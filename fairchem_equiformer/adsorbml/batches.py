@@ -19,6 +19,7 @@ from fairchem.core.preprocessing import AtomsToGraphs
 
 import fairchem_equiformer.fairchem1  # noqa: F401  # its changes: the LBFGS, and names of trainers
 from fairchem_equiformer.adsorbml.relaxation import Clock, Relaxed, Settings
+from fairchem_equiformer.checkpoints import read
 from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,12 +36,26 @@ LBFGS_OPTIONS = {"maxstep": 0.04, "memory": 50, "damping": 1.0, "alpha": 70.0}
 class ModelRelaxer:
     """Relaxes batches of structures with a checkpoint of fairchem.
 
+    Args:
+        checkpoint: of fairchem-core 1.10.
+        config_yml: of the model, if it is not the checkpoint's.
+        settings: of the relaxation.
+        trusted: see :func:`~fairchem_equiformer.checkpoints.read`.
+
     Raises:
         InputError: if checkpoint or config cannot be used.
     """
 
-    def __init__(self, checkpoint: Path, config_yml: Path | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        config_yml: Path | None,
+        settings: Settings,
+        *,
+        trusted: bool = False,
+    ) -> None:
         self.settings = settings
+        read(checkpoint, trusted=trusted, mapped=True)  # since fairchem-core runs what it asks for
         try:
             with _quiet():
                 self._trainer = OCPCalculator(

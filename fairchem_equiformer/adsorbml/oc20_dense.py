@@ -9,10 +9,10 @@ Its archive ``oc20_dense_mappings.tar.gz`` holds pickles, of which three are rea
 
 from __future__ import annotations
 
-import pickle
 from typing import TYPE_CHECKING, Any
 
 from fairchem_equiformer.adsorbml.score import Reference
+from fairchem_equiformer.checkpoints.pickled import read_pickle
 from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 CLEAN_SURFACE = "surface"  # among the placements of `compute`; the model needs it relaxed, too
 
 
-def read_oc20_dense(folder: Path) -> dict[str, Reference]:
+def read_oc20_dense(folder: Path, *, trusted: bool = False) -> dict[str, Reference]:
     """Energy and cost of each pair, on the scale of VASP's total energies.
 
     Args:
         folder: with the three pickles.
+        trusted: see :func:`~fairchem_equiformer.checkpoints.pickled.read_pickle`.
 
     Raises:
         InputError: if one is missing or is not as above.
     """
     targets, references, compute = (
-        _read(folder / f"oc20dense_{name}.pkl") for name in ("targets", "ref_energies", "compute")
+        _read(folder / f"oc20dense_{name}.pkl", trusted=trusted)
+        for name in ("targets", "ref_energies", "compute")
     )
 
     def reference(pair: str) -> Reference:
@@ -49,13 +51,10 @@ def read_oc20_dense(folder: Path) -> dict[str, Reference]:
     return {str(pair): reference(pair) for pair in targets}
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def _read(path: Path, *, trusted: bool) -> dict[Any, Any]:
     if not path.is_file():
         raise InputError(f"no such file: {path}; docs/adsorbml.md tells where to get it")
-    try:
-        content = pickle.loads(path.read_bytes())  # noqa: S301  # published in this form
-    except Exception as error:  # whatever pickle raises
-        raise InputError(f"{path}: cannot be read ({error})") from error
+    content = read_pickle(path, trusted=trusted)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of pairs")
     return content

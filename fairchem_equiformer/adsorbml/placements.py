@@ -11,7 +11,6 @@ An LMDB of OC20's form (OC20-Dense) comes with a mapping of its `sid` to pair an
 from __future__ import annotations
 
 import json
-import pickle
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,6 +23,7 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 from tqdm import tqdm
 
+from fairchem_equiformer.checkpoints.pickled import read_pickle
 from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,19 +72,22 @@ class Placement:
         return atoms
 
 
-def read_placements(source: Path, mapping: Path | None = None) -> list[Placement]:
+def read_placements(
+    source: Path, mapping: Path | None = None, *, trusted: bool = False
+) -> list[Placement]:
     """Find all placements, sorted by pair and name.
 
     Args:
         source: a folder with a sub-folder a pair, or an LMDB (a file, or a folder of them).
         mapping: for an LMDB, JSON or a pickle such as ``oc20dense_mapping.pkl``:
             ``{sid: {"system_id": pair, "config_id": name}}``.
+        trusted: of that pickle, see :func:`~fairchem_equiformer.checkpoints.pickled.read_pickle`.
 
     Raises:
         InputError: if there is nothing, or two placements share a name.
     """
     if mapping is not None:
-        placements = _from_lmdb(source, _read_mapping(mapping))
+        placements = _from_lmdb(source, _read_mapping(mapping, trusted=trusted))
     elif source.is_dir():
         placements = _from_folder(source)
     else:
@@ -148,12 +151,14 @@ def _count_frames(file: Path) -> int:
     return sum(1 for _ in ase.io.iread(file, ":"))
 
 
-def _read_mapping(path: Path) -> dict[str, tuple[str, str]]:
+def _read_mapping(path: Path, *, trusted: bool) -> dict[str, tuple[str, str]]:
     """Pair and name of each sid."""
     if not path.is_file():
         raise InputError(f"--mapping: no such file: {path}")
-    load = pickle.loads if path.suffix == ".pkl" else json.loads
-    content = _read(lambda: load(path.read_bytes()), f"--mapping: {path}")
+    if path.suffix == ".pkl":
+        content = read_pickle(path, trusted=trusted)
+    else:
+        content = _read(lambda: json.loads(path.read_bytes()), f"--mapping: {path}")
     try:
         return {
             str(sid): (str(entry["system_id"]), str(entry["config_id"]))

@@ -68,7 +68,7 @@ def _known_as(stand_in: Any, module: str, name: str) -> Any:
 
 
 # NumPy's modules were renamed in NumPy 2.
-_ALLOWED = [
+ALLOWED = [
     _known_as(_Dtype, "numpy", "dtype"),
     _known_as(_number, "numpy.core.multiarray", "scalar"),
     _known_as(_number, "numpy._core.multiarray", "scalar"),
@@ -77,12 +77,12 @@ _ALLOWED = [
 
 
 @contextmanager
-def _allowed() -> Iterator[None]:
-    """Within, PyTorch's restricted reader takes the stand-ins, and nothing that others allowed."""
+def _allowed(*classes: type) -> Iterator[None]:
+    """Within, PyTorch's restricted reader takes these, the stand-ins, and nothing else."""
     with _LOCK:
         before = list(serialization.get_safe_globals())
         serialization.clear_safe_globals()
-        serialization.add_safe_globals(_ALLOWED)
+        serialization.add_safe_globals([*ALLOWED, *classes])
         try:
             yield
         finally:
@@ -90,32 +90,51 @@ def _allowed() -> Iterator[None]:
             serialization.add_safe_globals(before)
 
 
-def read(path: str | Path, *, trusted: bool = False) -> dict[str, Any]:
+def read(path: str | Path, *, trusted: bool = False, mapped: bool = False) -> dict[str, Any]:
     """What a checkpoint holds, on the CPU.
 
     Args:
         path: the file.
         trusted: call whatever the file asks for, as ``torch.load(weights_only=False)`` does. Only
             for files from someone whose program you would run.
+        mapped: leave tensors on disk until they are looked at, where the file's form allows it.
 
     Raises:
         CheckpointError: if there is no such file, it is no checkpoint, or it asks for a class or
             function other than those that checkpoints of fairchem need; names it.
     """
+    content = read_object(path, trusted=trusted, mapped=mapped)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: it holds {type(content).__name__}, not a checkpoint's dict")
+    return content
+
+
+def read_object(
+    path: str | Path, *classes: type, trusted: bool = False, mapped: bool = False
+) -> Any:
+    """What a file of ``torch.save`` holds, on the CPU.
+
+    Args:
+        path: the file.
+        classes: that it may ask for, and whose instances have no code of their own to run.
+        trusted: see `read`.
+        mapped: see `read`.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file (looked from {Path.cwd()})")
     try:
+        # Old releases of torch wrote another format, which can be read but not mapped.
+        mapped = mapped and zipfile.is_zipfile(path)
         if trusted:
-            content = torch.load(path, map_location="cpu", weights_only=False)
-        else:
-            with _allowed():
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
+        with _allowed(*classes):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise CheckpointError(f"{path}: {_reason(path, error, trusted=trusted)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: it holds {type(content).__name__}, not a checkpoint's dict")
-    return content
 
 
 def _reason(path: Path, error: Exception, *, trusted: bool) -> str:
@@ -126,7 +145,8 @@ def _reason(path: Path, error: Exception, *, trusted: bool) -> str:
         if asked:
             return (
                 f"asks for {asked[0]}, which no checkpoint of fairchem needs: refused; if you trust"
-                " where it comes from, read it with trusted=True (commands: --trusted)"
+                " where it comes from, read it with trusted=True (commands: --trusted,"
+                " fairchem: --task.trusted=True)"
             )
         text = text.partition("WeightsUnpickler error: ")[2] or text
         text = text.partition(" Check the documentation")[0]
@@ -134,7 +154,7 @@ def _reason(path: Path, error: Exception, *, trusted: bool) -> str:
 
 
 def _is_foreign(name: str) -> bool:
-    allowed = {f"{one.__module__}.{one.__name__}" for one in _ALLOWED}
+    allowed = {f"{one.__module__}.{one.__name__}" for one in ALLOWED}
     return not name.startswith(("torch.", "collections.")) and name not in allowed
 
 

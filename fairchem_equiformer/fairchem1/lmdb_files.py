@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import lmdb
 import numpy as np
 
+from fairchem_equiformer.checkpoints import pickled
 from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _count(path: Path) -> int:
             length: Any = transaction.get(b"length")
             if length is None:
                 return entries
-            count = int(pickle.loads(length))  # noqa: S301  # as fairchem reads it
+            count = int(pickled.loads(length))
             held = transaction.get(f"{count - 1}".encode()) is not None
     except (lmdb.Error, pickle.UnpicklingError, ValueError, TypeError, EOFError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy or make it again") from error

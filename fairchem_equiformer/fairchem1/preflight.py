@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import is_zipfile
 
 import fairchem.core
 import torch
@@ -24,8 +23,9 @@ from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import create_dict_from_args, load_config, merge_dicts
 from fairchem.core.datasets.lmdb_dataset import LmdbDataset
 
+from fairchem_equiformer import checkpoints
 from fairchem_equiformer.errors import InputError
-from fairchem_equiformer.fairchem1 import known, lmdb_files, saving
+from fairchem_equiformer.fairchem1 import known, lmdb_files, resuming, saving
 from fairchem_equiformer.fairchem1.guard import policy_of
 from fairchem_equiformer.fairchem1.names import (
     AUXILIARY_TASK_TRAINER,
@@ -91,7 +91,7 @@ def check(args: Namespace, overrides: list[str]) -> None:
     if "multitask" in config.get("trainer", ""):
         return  # its data stand elsewhere in the config
     _check_known(args.config_yml, config)
-    _check_start(args.config_yml, config["model"])
+    _check_start(args.config_yml, config)
     _check_losses(args.config_yml, config)
     _check_schedule(args.config_yml, config, args.mode)
     splits = _splits(args.config_yml, config)
@@ -164,11 +164,11 @@ def _check_known(file: Path, config: Config) -> None:
     _naming(file, policy_of, config["optim"])
 
 
-def _naming(file: Path, check: Callable[..., object], *args: object) -> None:
+def _naming(where: Path | str, check: Callable[..., object], *args: object) -> None:
     try:
         check(*args)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
 
 
 def _check_sections(file: Path, config: Config) -> None:
@@ -181,8 +181,9 @@ def _check_sections(file: Path, config: Config) -> None:
         )
 
 
-def _check_start(file: Path, model: Config) -> None:
+def _check_start(file: Path, config: Config) -> None:
     """The checkpoint that fine-tuning starts from is there, and its backbone is this package's."""
+    model = config["model"]
     start = (model.get("finetune_config") or {}).get("starting_checkpoint")
     if start is None:
         return
@@ -192,7 +193,7 @@ def _check_start(file: Path, model: Config) -> None:
             f"{file}: {key}: no such file: {start} (looked from {Path.cwd()}); set it there or by "
             f"--{key}=PATH. From a published checkpoint, {_CONVERT.format('PUBLISHED.pt', start)}"
         )
-    saved = _load(key, start).get("config", {}).get("model", {})
+    saved = _load(key, start, config).get("config", {}).get("model", {})
     heads = [head.get("module", "") for head in (model.get("heads") or {}).values()]
     name = (saved.get("backbone") or {}).get("model", "") if isinstance(saved, dict) else ""
     reads_it = not model.get("backbone") and any(head.startswith(_PACKAGE) for head in heads)
@@ -449,7 +450,7 @@ def _check_checkpoint(
         )
     _require_file("--checkpoint", Path(path))
     path = _good_checkpoint(Path(path), mode)
-    if "state_dict" not in (checkpoint := _load("--checkpoint", path)):
+    if "state_dict" not in (checkpoint := _load("--checkpoint", path, config)):
         raise InputError(f"--checkpoint: {path} holds no state_dict: not a checkpoint of fairchem")
     trainer = todays_name(config.get("trainer"))
     if trainer in SCHEDULE_IN_EPOCHS and not splits["train"].get("src"):
@@ -476,17 +477,12 @@ def _good_checkpoint(path: Path, mode: str) -> str:
     return str(path)
 
 
-def _load(option: str, path: str) -> Config:
-    """A checkpoint's contents; its tensors stay on disk."""
+def _load(option: str, path: str, config: Config) -> Config:
+    """A checkpoint's contents, which fairchem-core will read without a check; on disk so far."""
     try:
-        # Old releases of torch wrote another format, which can be read but not mapped.
-        content = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=False)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{option}: {path} cannot be read ({reason}); copy it again if it is incomplete"
-        ) from error
-    return content if isinstance(content, dict) else {}
+        return checkpoints.read(path, trusted=resuming.trusted(config), mapped=True)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
 
 
 def _check_gpus(wanted: int) -> None:

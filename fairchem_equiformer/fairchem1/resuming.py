@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fairchem.core.common import distutils
 
+from fairchem_equiformer import checkpoints
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.fairchem1 import saving
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SWITCH = "resume_changed"  # under `task`: resume although the config has changed
+TRUSTED = "trusted"  # under `task`: checkpoints may have anything called when they are read
 # What may change without a word: where and how often things are written, and on what they run.
 FREE = frozenset(
     {
-        *("slurm", "logger", f"task.{SWITCH}"),
+        *("slurm", "logger", f"task.{SWITCH}", f"task.{TRUSTED}"),
         *(f"cmd.{key}" for key in ("identifier", "print_every", "timestamp_id", "commit")),
         *(f"cmd.{key}" for key in ("version", "checkpoint_dir", "results_dir", "logs_dir")),
         *(f"optim.{key}" for key in ("num_workers", "eval_every", "checkpoint_every")),
@@ -75,7 +77,7 @@ def _compare(trainer: Any) -> None:
     if not path.is_file():
         return
     good, _ = saving.newest_good(path)
-    saved = torch.load(good, map_location="cpu", weights_only=False, mmap=True)
+    saved = checkpoints.read(good, trusted=trusted(trainer.config), mapped=True)
     changes = changed(saved.get("config") or {}, trainer.config)
     if not changes:
         return
@@ -86,6 +88,11 @@ def _compare(trainer: Any) -> None:
             f"the same with --task.{SWITCH}=True, or start anew with another --timestamp-id"
         )
     logger.warning("resuming %s with a changed config: %s", path, named)
+
+
+def trusted(config: dict[str, Any]) -> bool:
+    """Whether a config says that its checkpoints may ask for more than plain data."""
+    return bool((config.get("task") or {}).get(TRUSTED))
 
 
 def changed(before: Any, now: Any) -> list[str]:

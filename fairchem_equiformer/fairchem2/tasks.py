@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from omegaconf import OmegaConf
 
+from fairchem_equiformer.checkpoints.reading import read_object
 from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,21 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint", type=Path, help="converted by python -m fairchem_equiformer.convert"
     )
+    parser.add_argument(
+        "--trusted",
+        action="store_true",
+        help="run whatever the checkpoint, a pickle, asks for: only for a source you trust",
+    )
     options = parser.parse_args(arguments)
     try:
-        content = tasks_file(_read(options.checkpoint))
+        content = tasks_file(_read(options.checkpoint, trusted=options.trusted))
     except InputError as error:
-        sys.stderr.write(f"tasks: error: {options.checkpoint}: {error}\n")
+        text = str(error).removeprefix(f"{options.checkpoint}: ")
+        sys.stderr.write(f"tasks: error: {options.checkpoint}: {text}\n")
         return 2
     sys.stdout.write(f"# @package _global_\n{OmegaConf.to_yaml(content)}")
     return 0
 
 
-def _read(path: Path) -> MLIPInferenceCheckpoint:
-    if not path.is_file():
-        raise InputError(f"no such file (looked from {Path.cwd()})")
-    # An inference checkpoint is a pickled class of fairchem's: its own reader trusts it, too.
-    content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+def _read(path: Path, *, trusted: bool) -> MLIPInferenceCheckpoint:
+    content = read_object(path, MLIPInferenceCheckpoint, trusted=trusted)
     if not isinstance(content, MLIPInferenceCheckpoint):
         raise InputError(
             "not a checkpoint of fairchem-core 2.x: make one of it by"

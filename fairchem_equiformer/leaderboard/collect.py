@@ -73,7 +73,11 @@ def _collect_task(folder: Path, kind: form.Form) -> Path:
             # A field that the model does not predict is reported as missing below.
             for field in set(form.FIELDS[kind.task]) & set(file.files):
                 # fairchem's energies are [N, 1]
-                array = file[field]
+                try:
+                    array = file[field]
+                except Exception as error:  # zipfile, zlib and numpy have many
+                    reason = " ".join(str(error).split())
+                    raise InputError(f"{folder / name / piece}: {field}: {reason}") from error
                 arrays[f"{name}_{field}"] = array.ravel() if field == "energy" else array
         record = json.loads((folder / name / split.RECORD).read_text())
         source = record["sources"][SOURCES[piece]]
