@@ -8,6 +8,7 @@ fairchem takes longer than all the rest.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,13 +213,56 @@ def test_an_unknown_mode_is_left_to_the_parser(workspace, capsys):
     assert "invalid choice: 'tarin'" in capsys.readouterr().err
 
 
-def test_sweeps_are_read(workspace, handed_over, tmp_path):
-    sweep = tmp_path / "sweep.yml"
-    sweep.write_text("optim: {lr_initial: [0.1, 0.2]}\nmodel.num_layers: [1]\n")
-    config = str(workspace / "config.yml")
-    given = ["--mode", "train", "--config-yml", config, "--cpu", "--sweep-yml", str(sweep)]
-    assert main(given) == 0
-    assert len(handed_over) == 1
-    base = utils.load_config(config)[0] | {"identifier": "sweep"}
-    configs = utils.create_grid(base, sweep)
-    assert [config["optim"]["lr_initial"] for config in configs] == [0.1, 0.2]
+@pytest.fixture
+def sweep(workspace, handed_over, tmp_path, monkeypatch, capsys):
+    """Submit a sweep; its configs as fairchem-core makes them, or what is wrong with it."""
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # there is Slurm
+
+    def run(content, *options):
+        (tmp_path / "sweep.yml").write_text(content)
+        config = str(workspace / "config.yml")
+        given = ["--mode", "train", "--config-yml", config, "--cpu", "--identifier", "sweep"]
+        given += ["--sweep-yml", str(tmp_path / "sweep.yml")]
+        handed_over.clear()
+        if main([*given, *options]):
+            shown = capsys.readouterr().err
+            assert shown.count("\n") == 1
+            assert not handed_over
+            return shown
+        ((args, overrides),) = handed_over
+        return _cli.create_grid(utils.build_config(args, overrides), args.sweep_yml)
+
+    return run
+
+
+def test_a_sweep_is_each_combination(sweep):
+    """fairchem-core itself asks for collections.MutableMapping, gone since Python 3.10."""
+    text = "optim: {lr_initial: [0.1, 0.2], scheduler_params: {warmup_epochs: [1]}}\nseed: [1, 2]\n"
+    configs = sweep(text + "model.num_layers: [1]\n", "--submit")
+    values = [(config["optim"]["lr_initial"], config["seed"]) for config in configs]
+    assert values == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
+    assert [config["identifier"] for config in configs] == [f"sweep_run{i}" for i in range(4)]
+    assert all(config["optim"]["scheduler_params"]["warmup_epochs"] == 1 for config in configs)
+    assert configs[0]["optim"] is not configs[1]["optim"]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "wrong"),
+    [
+        ("seed: [1]", (), "--sweep-yml is read with --submit alone"),
+        ("seed: [1]", ("--submit", "--timestamp-id", "a"), "the runs of a sweep cannot share one"),
+        ("seed: 1", ("--submit",), "seed is 1, and a list of values is needed, such as [1]"),
+        ("optim: {optimizer: AdamW}", ("--submit",), "optim.optimizer is 'AdamW', and a list"),
+        ("seed: []", ("--submit",), "seed is [], and a list"),
+        ("[1, 2]", ("--submit",), "it must map keys of the config to lists"),
+        ("", ("--submit",), "it must map keys of the config to lists"),
+        ("a: [", ("--submit",), "while parsing"),
+        ("seed: [1]\nseed: [2]", ("--submit",), "seed"),
+        ("optm.lr_initial: [1]", ("--submit",), "optm.lr_initial: the config has no section optm"),
+        ("optim.lr_inital: [1]", ("--submit",), "run 0: "),
+        ("optim.lr_inital: [1]", ("--submit",), "lr_initial"),
+        ("model.name: [fairchem_equiformer.EquiformerV2, absent]", ("--submit",), "run 1: "),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_one_line(sweep, content, options, wrong):
+    assert wrong in sweep(content, *options)

@@ -85,11 +85,12 @@ def test_a_task_saved_as_trainer_is_found(name):
 
 def test_every_patch_has_its_reason_and_original():
     for patch in (*patches.PATCHES, *patches.AFTER_THE_MODELS, *patches.OF_THE_COMMAND):
+        for _ in range(2):
+            patch.apply()
         value = importlib.import_module(patch.module)
         for part in patch.name.split("."):
             value = getattr(value, part)
-        patch.apply()
-        assert value.original.__module__.startswith("fairchem.core"), patch.name
+        assert value.original.__module__.startswith(("fairchem.core", "submitit")), patch.name
         assert not hasattr(value.original, "original"), f"{patch.name} is patched twice"
         assert patch.reason
 

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from fairchem_equiformer.errors import InputError, StoppedError
-from fairchem_equiformer.fairchem1 import patches, preflight
+from fairchem_equiformer.fairchem1 import preflight
 from fairchem_equiformer.fairchem1.signals import SIGNALLED
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"fairchem: error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_BAD_INPUT
-    if args.sweep_yml is not None:
-        patches.let_sweeps_be_read()
     return _run(args, overrides)
 
 

@@ -6,8 +6,6 @@ fairchem-core as it is. What was there before is the attribute ``original`` of w
 
 from __future__ import annotations
 
-import collections
-import collections.abc
 import importlib
 import inspect
 import logging
@@ -18,7 +16,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.trainers import OCPTrainer
 
 from fairchem_equiformer import patches_wanted
-from fairchem_equiformer.fairchem1 import guard, resuming, saving
+from fairchem_equiformer.fairchem1 import guard, resuming, saving, sweeps
 from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
 from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
 
@@ -214,6 +212,13 @@ OF_THE_COMMAND = (
         " missing (a file, a key, a field of the data) ends in a traceback.",
         _our_command,
     ),
+    Patch(
+        "fairchem.core._cli",
+        "create_grid",
+        "It asks `collections` for MutableMapping, which Python 3.10 has no more; takes a text for"
+        " a list of letters; and meets a section that the config lacks with a KeyError.",
+        sweeps.read,
+    ),
 )
 
 
@@ -241,8 +246,3 @@ def exchange_the_command() -> None:
 def _apply(patches: tuple[Patch, ...]) -> None:
     for patch in patches:
         patch.apply()
-
-
-def let_sweeps_be_read() -> None:
-    """Give `collections` the name by which fairchem-core reads sweeps, gone in Python 3.10."""
-    collections.MutableMapping = collections.abc.MutableMapping  # type: ignore[attr-defined]

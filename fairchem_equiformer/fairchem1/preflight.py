@@ -25,7 +25,7 @@ from fairchem.core.datasets.lmdb_dataset import LmdbDataset
 
 from fairchem_equiformer import checkpoints
 from fairchem_equiformer.errors import InputError
-from fairchem_equiformer.fairchem1 import known, lmdb_files, resuming, saving
+from fairchem_equiformer.fairchem1 import known, lmdb_files, resuming, saving, sweeps
 from fairchem_equiformer.fairchem1.guard import policy_of
 from fairchem_equiformer.fairchem1.names import (
     AUXILIARY_TASK_TRAINER,
@@ -82,10 +82,27 @@ def check(args: Namespace, overrides: list[str]) -> None:
         raise InputError(
             "--submit needs Slurm, and no sbatch is on the PATH; without it the run starts here"
         )
-    if args.sweep_yml is not None:
-        _require_file("--sweep-yml", args.sweep_yml)
     _check_run_dir(Path(args.run_dir))
     config = read_config(args.config_yml, overrides)
+    if args.sweep_yml is None:
+        _check_config(args, config)
+        return
+    _check_sweep(args)
+    for number, one in enumerate(sweeps.grid(config, args.sweep_yml)):
+        _naming(f"--sweep-yml: {args.sweep_yml}: run {number}", _check_config, args, one)
+
+
+def _check_sweep(args: Namespace) -> None:
+    """The file is there, and fairchem-core will read it."""
+    _require_file("--sweep-yml", args.sweep_yml)
+    if not args.submit:
+        raise InputError("--sweep-yml is read with --submit alone; without it one run would start")
+    if args.timestamp_id is not None:
+        raise InputError("--timestamp-id: the runs of a sweep cannot share one; leave it out")
+
+
+def _check_config(args: Namespace, config: Config) -> None:
+    """Check one config, and all that it names."""
     _check_spelling(args.config_yml, config)
     _check_sections(args.config_yml, config)
     if "multitask" in config.get("trainer", ""):
