@@ -28,7 +28,7 @@ DESCRIPTION := setup.cfg setup.py pyproject.toml startup/fairchem_equiformer_sta
 	$(wildcard fairchem_equiformer/ops/native/*.h) fairchem_equiformer/ops/native/sources.py
 
 .PHONY: help install install-fairchem2 demo demo-long adsorbml test test-long test-fairchem2 \
-	test-wheel wheel soak lint format clean
+	test-slurm test-wheel wheel soak lint format clean
 
 help:
 	@echo 'make install         set up $(VENV) with fairchem-core 1.10 (12 minutes on 2 cores; once)'
@@ -38,6 +38,7 @@ help:
 	@echo 'make test            install, then the tests'
 	@echo 'make test-long       install, then the tests that take minutes each'
 	@echo 'make soak            install, then kill trainings again and again: nothing may be lost'
+	@echo 'make test-slurm      set up a Slurm of this machine, then the tests of its jobs (root, Debian)'
 	@echo 'make test-fairchem2  set up $(VENV2) with fairchem-core 2, then what belongs there'
 	@echo 'make wheel           build a wheel, with the compiled kernels, in dist/'
 	@echo 'make test-wheel      install that wheel into an empty environment, and predict'
@@ -98,6 +99,11 @@ test: install
 
 test-long: install wheel
 	@$(BIN)/python -m pytest -m long
+
+test-slurm: install
+	@trap 'tools/slurm.sh down' EXIT; \
+		found=$$(tools/slurm.sh up) || exit 1; eval "$$found"; \
+		$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 test-fairchem2: install-fairchem2
 	@$(BIN2)/python -m pytest -c tests/fairchem2/pytest.ini tests/fairchem2 tests/plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,8 @@ others:
 	@echo '==== 20 passed, 1 warning in 390.50s (0:06:30) ===='
 failing:
 	@echo '==== 2 failed, 5 passed, 1 error in 2.00s ===='; exit 1
+test-slurm:
+	@echo '==== 1 failed, 4 passed in 60.00s ===='; exit 1
 lint:
 	@echo 'all is well'
 broken:
@@ -32,8 +35,10 @@ def run(tmp_path):
     def run(*parts):
         command = [tmp_path / ".ci" / "run", *parts]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        run.shown.append(done.stdout)
         return done.returncode, done.stdout.splitlines()[-1]
 
+    run.shown = []
     return run
 
 
@@ -53,8 +58,56 @@ def test_a_part_without_summary_counts_as_an_error(run, parts):
     assert run(*parts) == (1, last)
 
 
+def test_without_slurm_its_tests_are_skipped(run, tmp_path):
+    """And a line says why."""
+    (tmp_path / "tools").mkdir()
+    tool = tmp_path / "tools" / "slurm.sh"
+    tool.write_text("#!/bin/sh\necho 'needs root' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    last = "===== 3 passed, 2 skipped, 2 deselected, 1 warning in 1.25s ====="
+    assert run("tests", "test-slurm") == (0, last)
+    assert "make test-slurm skipped: needs root" in run.shown[-1]
+    tool.write_text("#!/bin/sh\necho 'export SLURM_CONF=x'\n")
+    assert run("test-slurm") == (1, "===== 1 failed, 4 passed in 60.00s =====")
+
+
+SLURM = Path(__file__).parents[1] / "tools" / "slurm.sh"
+
+
+def slurm_script(*arguments, path=os.environ["PATH"], user=None):
+    done = subprocess.run(
+        [SLURM, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": path},
+        user=user,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(Path("/run/fairchem-equiformer-slurm").exists(), reason="it is up")
+def test_slurm_says_what_it_needs(tmp_path):
+    """Each in one line."""
+    for name in ("bash", "cat", "id"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    nobody = 65534 if os.geteuid() == 0 else None
+    for wanted, result in {
+        "needs root": slurm_script("up", user=nobody),
+        "there is no apt-get": slurm_script("up", path=str(tmp_path)),
+        "usage: tools/slurm.sh up|down": slurm_script("sideways"),
+    }.items():
+        if wanted == "there is no apt-get" and nobody is None:
+            continue
+        status, shown, message = result
+        assert (status, shown) == (1, "")
+        assert message.startswith("tools/slurm.sh: ")
+        assert wanted in message
+        assert message.count("\n") == 1
+
+
 def test_every_part_is_a_target():
-    assert "set -- test test-fairchem2 test-wheel lint" in SCRIPT.read_text()
+    assert "set -- test test-fairchem2 test-wheel test-slurm lint" in SCRIPT.read_text()
     makefile = (SCRIPT.parents[1] / "Makefile").read_text()
-    for target in ("test", "test-fairchem2", "test-wheel", "lint"):
+    for target in ("test", "test-fairchem2", "test-wheel", "test-slurm", "lint"):
         assert f"\n{target}:" in makefile

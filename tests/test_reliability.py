@@ -8,12 +8,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from fairchem.core import _cli
 from fairchem.core.common import distutils
 from fairchem.core.trainers import OCPTrainer, base_trainer
+from submitit.core.job_environment import SignalHandler
+from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 from fairchem_equiformer.fairchem1 import saving, signals
 from fairchem_equiformer.fairchem1.cli import main
@@ -361,6 +366,98 @@ def test_submitits_signal_waits_for_the_end_of_the_step(train, monkeypatch):
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert steps == [(3, 2, signal.SIGUSR2)]
+
+
+@pytest.fixture
+def under_submitit(tmp_path):
+    """Its handlers of signals, as in a job."""
+    numbers = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    job = DelayedSubmission(print)
+    SlurmJobEnvironment()._handle_signals(JobPaths(tmp_path, "1"), job)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("in_validation", [False, True])
+@pytest.mark.usefixtures("under_submitit")
+def test_sigterm_in_a_slurm_job_saves_and_goes_on(
+    train, monkeypatch, tiny_lmdb, caplog, in_validation
+):
+    """Who ends by itself when Slurm preempts it is not requeued."""
+    whole = train.whole()
+    train.config["optim"] |= {"checkpoint_every": 100}
+    if in_validation:
+        train.config["dataset"]["val"] = {"src": str(tiny_lmdb)}
+        train.config["optim"] |= {"eval_every": 3}
+    saved, save = [], OCPTrainer.save
+    forward = OCPTrainer._forward
+
+    def interrupted(trainer, batch):
+        if trainer.step == 3 and torch.is_grad_enabled() != in_validation and not saved:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(trainer, batch)
+
+    def keep(trainer, *args, **kwargs):
+        path = save(trainer, *args, **kwargs)
+        if kwargs.get("training_state", True):
+            saved.append(train.saved("job"))
+        return path
+
+    monkeypatch.setattr(OCPTrainer, "_forward", interrupted)
+    monkeypatch.setattr(OCPTrainer, "save", keep)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert train("job", f"--optim.checkpoint_every={STEPS}") == 0
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert saved[0]["step"] == 3
+    assert "SIGTERM after step 3, which is saved in" in caplog.text
+    assert_same_training(saved[-1], whole)
+
+
+def test_a_requeue_overrides_the_signal_that_announced_it():
+    deferred = signals.Deferred()
+    deferred._before = {signal.SIGTERM: SignalHandler(None, None, None).bypass}
+    for came in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
+        deferred._note(came, None)
+    assert deferred.number == signal.SIGUSR2
+    deferred.forget(signal.SIGTERM)  # which another rank had noted
+    assert deferred.number == signal.SIGUSR2
+
+
+def test_a_job_requeued_before_it_began_saves_nothing():
+    """fairchem-core's own stops without a trainer; with one, it saves weights of no step."""
+    config = {"checkpoint": "start.pt", "timestamp_id": None}
+    runner = _cli.Runner()
+    again = runner.checkpoint(config)
+    assert again.args == (config,)
+    assert type(again.function) is _cli.Runner
+    runner.trainer = SimpleNamespace(timestamp_id="a", logger=None)
+    assert runner.checkpoint(config).args == (config | {"timestamp_id": "a"},)
+
+
+def test_a_restarted_job_goes_on_from_its_own_checkpoint(train, crash, monkeypatch):
+    """And not from the one that it was started with."""
+    assert train("start", "--optim.max_epochs=1") == 0
+    start = ["--checkpoint", str(train.folder("start") / "checkpoint.pt"), "--optim.max_epochs=3"]
+    crash(6)
+    with pytest.raises(CrashError):
+        train("job", *start)
+    first = []
+    original = OCPTrainer._compute_loss
+    monkeypatch.setattr(
+        OCPTrainer,
+        "_compute_loss",
+        lambda self, *args: first.append(self.step) or original(self, *args),
+    )
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert train("job", *start) == 0
+    assert first[0] == 7
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    first.clear()
+    assert train("another", *start) == 0
+    assert first[0] == 5
 
 
 def test_a_signal_that_comes_again_acts_at_once(monkeypatch):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fairchem.core import _cli
 from fairchem.core.common.flags import flags
 from fairchem.core.common.utils import setup_logging
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -61,6 +62,10 @@ def _run(args: Namespace, overrides: list[str]) -> int:
     except StoppedError as error:
         print(f"fairchem: error: {error}", file=sys.stderr)  # noqa: T201
         return error.status
+    except (FailedJobError, FailedSubmissionError) as error:
+        reason = " ".join(str(error).split())
+        print(f"fairchem: error: Slurm took no job: {reason}", file=sys.stderr)  # noqa: T201
+        return EXIT_BAD_INPUT
     except SignalException as error:  # the ranks got it, too, and had the time to save
         return SIGNALLED + error.sigval
     except ChildFailedError as error:  # which has printed what was wrong

@@ -160,13 +160,17 @@ class Guard:
         return loss
 
     def _in_validation(self, status: int) -> None:
-        """Stop in the middle of a validation; the weights there are the moving averages."""
+        """Save in the middle of a validation; the weights there are the moving averages."""
         if not status:
             return
-        if self.trainer.ema:
-            self.trainer.ema.restore()
+        ema = self.trainer.ema
+        if ema:
+            ema.restore()
         self._give_up_if_failed(status)
-        self._end(status)
+        self._save_and_end(status)
+        if ema:
+            ema.store()
+            ema.copy_to()
 
     def _name(self, phrases: list[str]) -> None:
         where = "" if torch.is_grad_enabled() else " (validation)"
@@ -201,7 +205,7 @@ class Guard:
             self._skip = False
             self.trainer.metrics = {}  # the means since the last line may not be finite
         if self._status:
-            self._end(self._status)
+            self._save_and_end(self._status)
 
     def _update(self, original: Callable[[Tensor], None], loss: Tensor) -> None:
         trainer = self.trainer
@@ -272,18 +276,26 @@ class Guard:
                 self.trainer.ema.restore()  # which the save has exchanged
             return None
 
-    def _end(self, status: int) -> None:
-        """End this training with its state saved, on all ranks."""
+    def _save_and_end(self, status: int) -> None:
+        """End this training with its state saved, on all ranks.
+
+        In a Slurm job SIGTERM comes before a cancellation, a preemption and the end of its time.
+        Who ends then by itself is not requeued: the training is saved, and goes on.
+        """
         trainer, number = self.trainer, status - SIGNALLED
-        if number == REQUEUE:
-            self._signals.hand_on(number)
         trainer.save(checkpoint_file="checkpoint.pt", training_state=True)
         distutils.synchronize()
         if self._failure:
             raise self._failure
-        raise StoppedError(
-            f"{signal.Signals(number).name}: stopped after step {trainer.step}, which is saved in "
-            f"{trainer.config['cmd']['checkpoint_dir']}; go on with the same command and "
-            f"--timestamp-id {trainer.timestamp_id}",
-            status,
-        )
+        where = f"step {trainer.step}, which is saved in {trainer.config['cmd']['checkpoint_dir']}"
+        how = f"go on with the same command and --timestamp-id {trainer.timestamp_id}"
+        if self._signals.passes(number):
+            self._signals.forget(number)
+            if distutils.is_master():
+                name = signal.Signals(number).name
+                logger.warning("%s after %s; if this job is not requeued, %s", name, where, how)
+            return
+        # Who requeues is the first rank; the others must not end with an error before it has.
+        if number == REQUEUE and self._signals.hand_on(number) and not distutils.is_master():
+            raise SystemExit(0)
+        raise StoppedError(f"{signal.Signals(number).name}: stopped after {where}; {how}", status)

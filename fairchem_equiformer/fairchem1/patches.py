@@ -16,7 +16,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.trainers import OCPTrainer
 
 from fairchem_equiformer import patches_wanted
-from fairchem_equiformer.fairchem1 import guard, resuming, saving, sweeps
+from fairchem_equiformer.fairchem1 import guard, resuming, saving, slurm, sweeps
 from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
 from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
 
@@ -192,6 +192,12 @@ PATCHES = (
         " that followed the last checkpoint.",
         guard.guarded,
     ),
+    Patch(
+        "fairchem.core.common.distutils",
+        "setup",
+        "In a Slurm job fairchem-core asks for a GPU and NCCL, with --cpu too.",
+        slurm.ranks_on_cpus,
+    ),
 )
 # Their modules import all of fairchem-core's EquiformerV2: slow, so not before they are needed.
 AFTER_THE_MODELS = (
@@ -211,6 +217,19 @@ OF_THE_COMMAND = (
         "`fairchem main ...`, as fairchem-core's own messages have it, is refused; and what is"
         " missing (a file, a key, a field of the data) ends in a traceback.",
         _our_command,
+    ),
+    Patch(
+        "fairchem.core._cli",
+        "Runner.checkpoint",
+        "A job that is preempted before its training has begun stops with an AttributeError, or"
+        " saves weights of no step over the checkpoint that it should go on from.",
+        slurm.begin_again,
+    ),
+    Patch(
+        "fairchem.core._cli",
+        "AutoExecutor",
+        "A job asks Slurm for GPUs, with --cpu too, and is refused where there are none.",
+        slurm.without_gpus,
     ),
     Patch(
         "fairchem.core._cli",

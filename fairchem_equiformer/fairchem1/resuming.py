@@ -13,7 +13,7 @@ from fairchem.core.common import distutils
 
 from fairchem_equiformer import checkpoints
 from fairchem_equiformer.errors import InputError
-from fairchem_equiformer.fairchem1 import saving
+from fairchem_equiformer.fairchem1 import saving, slurm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,11 +50,15 @@ def unique_id(_: Any) -> Callable[[torch.device, str | None], str]:
 def resume_only_the_same(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     """For ``BaseTask.setup``: resume under an id only what this config began.
 
-    A checkpoint named by ``--checkpoint`` is the user's choice, and loaded whatever its config.
+    A checkpoint named by ``--checkpoint`` is the user's choice, and loaded whatever its config;
+    but not in a job that Slurm has restarted, which goes on where it was.
     """
 
     def setup(self: Any, trainer: Any) -> None:
         try:
+            saved = Path(trainer.config["cmd"]["checkpoint_dir"], saving.LATEST)
+            if slurm.restarted() and self.config["mode"] == "train" and saved.is_file():
+                self.config["checkpoint"] = None
             if self.config["checkpoint"] is None:
                 saving.on_first_rank(lambda: _compare(trainer), trainer.device)
             original(self, trainer)

@@ -8,6 +8,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from submitit.core.job_environment import SignalHandler
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -22,9 +24,9 @@ AGAIN = 2.0  # seconds after which a signal that comes again acts at once
 class Deferred:
     """Notes signals between `start` and `stop`, in the main thread of a process.
 
-    A handler of somebody else's is left alone, but for that of `REQUEUE`: submitit's saves the
-    state of the training, and in the middle of a step that is half of one step and half of
-    another.
+    A handler of somebody else's is left alone, but for two of submitit's: that of `REQUEUE`, which
+    has the job begin again, waits for the end of the step; and SIGTERM, which submitit lets pass
+    and Slurm sends before it ends a job, asks for a save.
 
     Attributes:
         number: of the first signal that came; 0 if none did.
@@ -42,7 +44,8 @@ class Deferred:
         for number in (*ENDING, REQUEUE):
             handler = signal.getsignal(number)
             default = handler in {signal.SIG_DFL, signal.default_int_handler}
-            if default or (number == REQUEUE and callable(handler)):
+            requeues = number == REQUEUE and callable(handler)
+            if default or requeues or _lets_pass(handler):
                 self._before[number] = signal.signal(number, self._note)
 
     def stop(self) -> None:
@@ -51,22 +54,43 @@ class Deferred:
             signal.signal(number, handler)
         self._before.clear()
 
-    def hand_on(self, number: int) -> None:
-        """Call the handler of somebody else's that waited for the end of the step, if there is."""
+    def hand_on(self, number: int) -> bool:
+        """Call the handler of somebody else's that waited for the end of the step, if there is.
+
+        Returns:
+            Whether there is one; it may not return.
+        """
         handler = self._before.get(number)
-        if callable(handler) and handler is not signal.default_int_handler:
-            handler(number, None)
+        if not callable(handler) or handler is signal.default_int_handler:
+            return False
+        handler(number, None)
+        return True
+
+    def passes(self, number: int) -> bool:
+        """Whether a signal only announces the end of a job, and is no reason to end by oneself."""
+        return _lets_pass(self._before.get(number))
+
+    def forget(self, number: int) -> None:
+        """What this signal asked for has been done; another that has come meanwhile stays."""
+        if self.number == number:
+            self.number = 0
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self.number and now - self._since > AGAIN:
+        if not self.number or (self.passes(self.number) and not self.passes(number)):
+            self.number, self._since = number, now
+            what = "stopping after this step; again to stop at once"
+            if self.passes(number):
+                what = "saving after this step"
+            # No logging, which may be what was interrupted.
+            os.write(2, f"{signal.Signals(number).name}: {what}\n".encode())
+        elif now - self._since > AGAIN and not self.passes(number):
             signal.signal(number, self._before[number])
             os.kill(os.getpid(), number)
-        elif not self.number:
-            self.number, self._since = number, now
-            name = signal.Signals(number).name
-            # No logging, which may be what was interrupted.
-            os.write(2, f"{name}: stopping after this step; again to stop at once\n".encode())
+
+
+def _lets_pass(handler: Any) -> bool:
+    return getattr(handler, "__func__", None) is SignalHandler.bypass
 
 
 def ignore_in_worker(_: int) -> None:
