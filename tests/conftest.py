@@ -99,9 +99,9 @@ def _seed():
     np.random.seed(0)  # noqa: NPY002  # fairchem draws from the global state
 
 
-def make_atoms(index: int):
+def make_atoms(index: int, size=(2, 2, 2)):
     """A copper slab with one hydrogen, rattled, with energy and forces of the EMT potential."""
-    atoms = fcc111("Cu", (2, 2, 2), vacuum=6.0, periodic=True)
+    atoms = fcc111("Cu", size, vacuum=6.0, periodic=True)
     add_adsorbate(atoms, "H", 1.2, "fcc")
     atoms.rattle(0.05, seed=index)
     atoms.set_constraint(FixAtoms(mask=atoms.get_tags() == 2))
@@ -109,9 +109,9 @@ def make_atoms(index: int):
     return atoms
 
 
-def make_data(index: int) -> Data:
+def make_data(index: int, size=(2, 2, 2)) -> Data:
     """The same structure as one entry of an OC20 LMDB; `sid` is its index."""
-    atoms = make_atoms(index)
+    atoms = make_atoms(index, size)
     fixed = torch.zeros(len(atoms))
     fixed[atoms.constraints[0].index] = 1
     pos = torch.tensor(atoms.positions, dtype=torch.float32)

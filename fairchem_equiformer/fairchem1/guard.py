@@ -53,6 +53,19 @@ def guarded(original: Callable[[Any], None]) -> Callable[[Any], None]:
     return run
 
 
+def in_one_line(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """For ``run`` of a task that ranks do each for themselves: what stops one ends its process."""
+
+    def run(self: Any) -> None:
+        try:
+            original(self)
+        except StoppedError as stopped:
+            logger.error("%s", stopped)  # noqa: TRY400  # the line says all
+            raise SystemExit(stopped.status) from None
+
+    return run
+
+
 def policy_of(optim: dict[str, Any]) -> str:
     """What a config says to do with a batch that is not finite.
 

@@ -6,17 +6,20 @@ fairchem-core as it is. What was there before is the attribute ``original`` of w
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import inspect
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.trainers import OCPTrainer
+from torch import distributed
 
 from fairchem_equiformer import patches_wanted
-from fairchem_equiformer.fairchem1 import guard, resuming, saving, slurm, sweeps
+from fairchem_equiformer.fairchem1 import guard, resuming, saving, slurm, sweeps, trajectories
 from fairchem_equiformer.fairchem1.models import no_weight_decay_of_hydra
 from fairchem_equiformer.fairchem1.relaxation import frozen_calculate, last_frame_lbfgs
 
@@ -82,6 +85,21 @@ def _a_step_to_warm_up(original: Any) -> type:
     return CosineLRLambda
 
 
+_ended: list[Any] = []  # gloo's groups, freed after all else
+atexit.register(_ended.clear)
+
+
+def _group_outlives_the_model(original: Any) -> Any:
+    def cleanup() -> None:
+        several = distributed.is_initialized() and distributed.get_world_size() > 1
+        if several and distributed.get_backend() == distributed.Backend.GLOO:
+            group: Any = distributed.group.WORLD
+            _ended.append(group._get_backend(torch.device("cpu")))  # noqa: SLF001
+        original()
+
+    return cleanup
+
+
 def _our_command(original: Any) -> Any:
     def main(args: argparse.Namespace | None = None, override_args: list[str] | None = None) -> Any:
         if args is not None:
@@ -135,8 +153,27 @@ PATCHES = (
         "fairchem.core.common.relaxation.ml_relaxation",
         "LBFGS",
         "Trajectories of run-relaxations lack the last frame of converged systems, off which"
-        " relaxed energies are read; and each step puts moving averages in place of the weights.",
+        " relaxed energies are read; ranks write into each other's; NaN counts as converged, any"
+        " error as a lack of memory; each step puts moving averages in place of the weights.",
         last_frame_lbfgs,
+    ),
+    Patch(
+        "fairchem.core.trainers.ocp_trainer",
+        "check_traj_files",
+        "A relaxation that is run again leaves what it finds relaxed out of its results.",
+        trajectories.never_skipped,
+    ),
+    Patch(
+        "fairchem.core.trainers.ocp_trainer",
+        "ml_relax",
+        "The same; and what is relaxed is asked batch by batch, which change with the ranks.",
+        trajectories.only_the_rest,
+    ),
+    Patch(
+        "fairchem.core.tasks.task",
+        "RelaxationTask.run",
+        "A trajectory of another system, found on one rank, ends in a traceback.",
+        guard.in_one_line,
     ),
     Patch(
         "fairchem.core.common.relaxation.ase_utils",
@@ -178,6 +215,14 @@ PATCHES = (
         "The time goes through a float32, so that runs that start within two minutes get one id;"
         " the later one then resumes the earlier.",
         resuming.unique_id,
+    ),
+    Patch(
+        "fairchem.core.common.distutils",
+        "cleanup",
+        "On the CPU, one run of ten on several ranks hangs at its end: the model, freed last, frees"
+        " the group, and waits with Python's lock for a thread of gloo that waits for the lock."
+        " Freed by Python, the group waits without. NCCL's is as it was.",
+        _group_outlives_the_model,
     ),
     Patch(
         "fairchem.core.tasks.task",
