@@ -56,6 +56,10 @@ CONFIGS = {
     "83M": ROOT / "configs/oc20/2M/eqv2_83M.yml",
     "153M": ROOT / "configs/oc20/all_md/eqv2_153M.yml",
 }
+V1_CONFIGS = {
+    name: ROOT / f"configs/oc20/is2re/equiformer/{name}.yml"
+    for name in ("nonlinear", "linear", "dot_product")
+}
 EDGE_VECTOR_RESOLUTION = 0.01  # Angstrom: far above rounding, far below the rattled atoms' spread
 
 
@@ -263,9 +267,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add, models = parser.add_argument, ", ".join(CONFIGS | V1_CONFIGS)
     add("--tasks", nargs="+", choices=TASKS, default=["inference"])
-    add("--models", nargs="+", default=["31M"], help="31M, 83M, 153M or config files")
+    add("--models", nargs="+", default=["31M"], help=f"{models} or config files")
     add("--sizes", nargs="+", type=size, default=[(1, 45), (1, 153), (1, 409)], help="45, 4x45")
     choices = [*CLASSES, *CONTEXT]
     add("--implementations", nargs="+", choices=choices, default=["stock", "ours"])
@@ -292,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     lines: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, model in enumerate(options.models):
-            config = CONFIGS.get(model, Path(model))
+            config = (CONFIGS | V1_CONFIGS).get(model, Path(model))
             weights = Path(folder) / f"weights-{number}.pt"
             for task, (copies, atoms) in itertools.product(options.tasks, options.sizes):
                 row = Row(task, Path(model).stem, atoms, copies)

@@ -62,6 +62,9 @@ def slab(atoms: int) -> Any:
     structure = fcc111("Cu", size=(side, side, 4), vacuum=10.0)
     fixed = [atom.index for atom in structure if atom.tag > 2]
     add_adsorbate(structure, adsorbate, height=2.5, position="fcc")
+    # ASE counts layers from the top, 1 to 4, and the adsorbate is 0. OC20: 0 bulk, 1 surface, 2 it.
+    layers = structure.get_tags()
+    structure.set_tags([2 if layer == 0 else int(layer == 1) for layer in layers])
     structure.set_constraint(FixAtoms(fixed))
     structure.rattle(0.05, seed=SEED)
     structure.pbc = True
@@ -83,8 +86,10 @@ def model_config(path: str) -> dict[str, Any]:
     Without dropout the outputs and gradients of two implementations can be compared.
     """
     config = dict(load_config(path)[0]["model"])
-    del config["name"]
-    return config | {"alpha_drop": 0.0, "drop_path_rate": 0.0, "proj_drop": 0.0}
+    dropouts = ["alpha_drop", "drop_path_rate"]
+    if config.pop("name") != CLASSES["equiformer"]:  # V1 has no third
+        dropouts.append("proj_drop")
+    return config | dict.fromkeys(dropouts, 0.0)
 
 
 def share_weights(model: nn.Module, path: Path) -> None:
@@ -162,7 +167,7 @@ class Task:
 
 
 class Inference(Task):
-    """Energy and forces, without gradients."""
+    """Energy and, of models that have them, forces, without gradients."""
 
     def forward(self) -> Outputs:
         """Predict."""
@@ -171,7 +176,10 @@ class Inference(Task):
 
 
 class Training(Task):
-    """Forward and backward of the loss that the OC20 configs train with, without an optimizer."""
+    """Forward and backward of the loss that the OC20 configs train with, without an optimizer.
+
+    Where there are no forces, of its energy alone.
+    """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -184,11 +192,13 @@ class Training(Task):
 
     def finish(self, outputs: Outputs) -> None:
         """Differentiate the loss."""
-        energy, forces = outputs["energy"], outputs["forces"]
-        (2 * (energy - 1).abs().mean() + 100 * forces.norm(dim=-1).mean()).backward()
+        loss = 2 * (outputs["energy"] - 1).abs().mean()
+        if "forces" in outputs:
+            loss = loss + 100 * outputs["forces"].norm(dim=-1).mean()
+        loss.backward()
 
     def results(self, outputs: Outputs) -> Outputs:
-        """Return energy, forces and the gradient by all parameters in one vector."""
+        """Return what was predicted, and the gradient by all parameters in one vector."""
         gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
         return outputs | {"gradient": torch.cat(gradients)}
 

@@ -20,6 +20,8 @@ COLORS = {
     "escn": "tab:orange",
     "gemnet_oc": "tab:green",
     "esen": "tab:red",
+    "equiformer": "tab:purple",
+    "e3nn": "tab:brown",
 }
 MARKERS = {"inference": "o", "training": "s", "neighbors": "^", "relaxation": "v"}
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 CLASSES = {
     "ours": "fairchem_equiformer.EquiformerV2",
     "stock": "fairchem.core.models.equiformer_v2.equiformer_v2_deprecated.EquiformerV2",
+    # Equiformer (V1), and its authors' way of computing it
+    "equiformer": "fairchem_equiformer.Equiformer",
+    "e3nn": "benchmarks.e3nn_equiformer.E3nnEquiformer",
 }
 TASKS = ("inference", "training", "relaxation", "neighbors")
 
