@@ -90,6 +90,9 @@ class EquiformerConfig(Keys):
     avg_num_nodes: float = 77.81317  # the sum over atoms is divided by its square root
     avg_degree: float = 23.395238876342773  # likewise, the edge-degree embedding's over edges
 
+    # Edges worked through at a time; by default as many as the processor's cache holds.
+    edges_per_chunk: int | None = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in _IRREPS:

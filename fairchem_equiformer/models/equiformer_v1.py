@@ -23,6 +23,7 @@ from fairchem_equiformer.nn.irreps.heads import ScalarHead
 from fairchem_equiformer.nn.irreps.norm import IrrepsLayerNorm
 from fairchem_equiformer.nn.radial import ExponentialNormalSmearing, LearnableGaussianSmearing
 from fairchem_equiformer.ops.allocator import keep_freed_memory
+from fairchem_equiformer.ops.edges import fitting_edges
 from fairchem_equiformer.so3.irreps import SCALAR, channels_of
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Equiformer(nn.Module):
             config.irreps("irreps_sh"),
             self.distance_expansion,
             self.norm.weight.dtype,
+            max_edges=self._max_edges(),
             twice=config.gradient_forces,
             share=self.node_share(graph),
         )
@@ -115,6 +117,12 @@ class Equiformer(nn.Module):
         for name, head in self.vector_heads.items():
             out[name] = of_all_atoms(head(x, edges), edges.share)
         return out
+
+    def _max_edges(self) -> int:
+        """Edges of a chunk whose tensor product, the largest of what an edge has, fits a budget."""
+        weight = self.norm.weight
+        width = self.edge_degree_embedding.product.irreps_out.dim
+        return self.config.edges_per_chunk or fitting_edges(width, weight.dtype, weight.device)
 
     def _embed(self, graph: EdgeGraph, edges: IrrepsEdges) -> Tensor:
         """What the blocks start from: [rows, irreps.dim]."""

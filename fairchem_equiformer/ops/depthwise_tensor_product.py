@@ -36,8 +36,8 @@ class Ends(NamedTuple):
 
     source_features: Tensor  # [N, irreps_in.dim]
     target_features: Tensor  # [M, irreps_in.dim]
-    source: Tensor  # [E] int64
-    target: Tensor  # [E] int64
+    source: Tensor | None  # [E] int64; None where edge e has row e
+    target: Tensor | None  # likewise
 
 
 def depthwise_tensor_product(
@@ -222,20 +222,27 @@ def from_channels_last(x: Tensor, irreps: o3.Irreps) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def _named(x: Tensor | Ends) -> list[tuple[str, Tensor, Tensor | None]]:
+    if isinstance(x, Tensor):
+        return [("", x, None)]
+    return [
+        ("source ", x.source_features, x.source),
+        ("target ", x.target_features, x.target),
+    ]
+
+
 def _check(x: Tensor | Ends, harmonics: Tensor, weights: Tensor, paths: DepthwisePaths) -> None:
     edges = len(harmonics)
     wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "harmonics": (harmonics, (edges, paths.irreps_sh.dim))
     }
-    if isinstance(x, Ends):
-        wanted |= {
-            "source features": (x[0], (len(x[0]), paths.irreps_in.dim)),
-            "target features": (x[1], (len(x[1]), paths.irreps_in.dim)),
-            "source": (x.source, (edges,)),
-            "target": (x.target, (edges,)),
-        }
-    else:
-        wanted["features"] = x, (edges, paths.irreps_in.dim)
+    for name, rows, index in _named(x):
+        wanted[f"{name}features"] = (
+            rows,
+            (edges if index is None else len(rows), paths.irreps_in.dim),
+        )
+        if index is not None:
+            wanted[f"indices of {name}features"] = index, (edges,)
     shared = weights.dim() == 1
     wanted["weights"] = weights, (paths.weight_numel,) if shared else (edges, paths.weight_numel)
     for name, (tensor, shape) in wanted.items():

@@ -142,5 +142,10 @@ def chunk_frames(edges: Edges, chunk: Chunk) -> ChunkFrames:
 
 def edges_per_chunk(layout: Layout, channels: int, dtype: torch.dtype, device: torch.device) -> int:
     """Edges whose rotated inputs, 2 C channels by the layout's rows, fit the device's budget."""
+    return fitting_edges(layout.num_rows * 2 * channels, dtype, device)
+
+
+def fitting_edges(width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Edges of which ``width`` numbers each fit the device's budget."""
     budget = _CPU_CHUNK_BYTES if device.type == "cpu" else _CUDA_CHUNK_BYTES
-    return max(1, budget // (layout.num_rows * 2 * channels * dtype.itemsize))
+    return max(1, budget // (width * dtype.itemsize))

@@ -4,13 +4,16 @@
     alpha  = softmax over the edges of a target of z
     result = linear(sum over the edges of alpha v)
 
-MLP attention has z = a . SmoothLeakyReLU(scalars of m), dot-product attention z = q . k.
+MLP attention has z = a . SmoothLeakyReLU(scalars of m), dot-product attention z = q . k. Values are
+linear in what they are made of, and so are keys: their linear layers run once for each atom and
+head, after the sum and before the dot product (ops/head_sums.py), not once for each edge.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from e3nn import o3
@@ -22,7 +25,9 @@ from fairchem_equiformer.nn.irreps.linear import IrrepsLinear
 from fairchem_equiformer.nn.irreps.tensor_product import RadialTensorProduct, TensorProduct
 from fairchem_equiformer.ops.attention_softmax import attention_logits
 from fairchem_equiformer.ops.depthwise_tensor_product import Ends
-from fairchem_equiformer.ops.segments import segment_softmax, segment_sum, take
+from fairchem_equiformer.ops.head_sums import Targets, head_dot, head_sum
+from fairchem_equiformer.ops.over_chunks import Part
+from fairchem_equiformer.ops.segments import segment_softmax, segment_sum
 from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, copies, joined
 
 
@@ -70,7 +75,37 @@ class MLPLogits(nn.Module):
         return attention_logits(scalars.unflatten(1, self.dot.shape), None, dot, twice=twice)
 
 
-class NonLinearMessage(nn.Module):
+class Message(nn.Module):
+    """What attention makes of the tensor product m of each edge [E, irreps.dim].
+
+    Attributes:
+        values: linear layer whose last channels are the values. It follows the sum over edges.
+    """
+
+    values: IrrepsLinear
+
+    def rows(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """What is read of the targets' features [rows, irreps_x.dim]."""
+        return ()
+
+    def edge_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the edges read."""
+        return list(self.parameters())
+
+    def forward(
+        self,
+        m: Tensor,
+        harmonics: Tensor,
+        rows: tuple[Tensor, ...],
+        targets: Targets,
+        *,
+        twice: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [e, heads], and what the values are linear in [e, values.irreps_in.dim]."""
+        raise NotImplementedError
+
+
+class NonLinearMessage(Message):
     """Logits from the scalars of m; values from a gate and a second tensor product."""
 
     def __init__(self, config: IrrepsAttentionConfig, irreps_in: o3.Irreps) -> None:
@@ -84,14 +119,26 @@ class NonLinearMessage(nn.Module):
         self.product = TensorProduct(config.irreps, config.irreps_sh, config.irreps_values)
         self.value = IrrepsLinear(self.product.irreps_out, config.irreps_values)
 
-    def forward(self, message: Tensor, edges: IrrepsEdges, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Logits [E, heads] and values of all heads."""
-        logits = self.logits(self.alpha(message), twice=edges.twice)
-        values = self.product(self.gate(self.linear(message)), edges)
-        return logits, self.value(values)
+    @property
+    def values(self) -> IrrepsLinear:  # type: ignore[override]
+        """See :class:`Message`."""
+        return self.value
+
+    def forward(
+        self,
+        m: Tensor,
+        harmonics: Tensor,
+        rows: tuple[Tensor, ...],  # noqa: ARG002
+        targets: Targets,  # noqa: ARG002
+        *,
+        twice: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Message`."""
+        logits = self.logits(self.alpha(m), twice=twice)
+        return logits, self.product(self.gate(self.linear(m)), harmonics)
 
 
-class LinearMessage(nn.Module):
+class LinearMessage(Message):
     """Logits and values from one linear layer on m."""
 
     def __init__(self, config: IrrepsAttentionConfig, irreps_in: o3.Irreps) -> None:
@@ -102,18 +149,30 @@ class LinearMessage(nn.Module):
         self.linear = IrrepsLinear(irreps_in, both)
         self.logits = MLPLogits(config.num_heads, config.alpha_channels)
 
-    def forward(self, message: Tensor, edges: IrrepsEdges, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Logits [E, heads] and values of all heads."""
-        both = self.linear(message)
-        alpha, values = both[:, : self.num_alpha], both[:, self.num_alpha :]
-        return self.logits(alpha, twice=edges.twice), values
+    @property
+    def values(self) -> IrrepsLinear:  # type: ignore[override]
+        """See :class:`Message`."""
+        return self.linear
+
+    def forward(
+        self,
+        m: Tensor,
+        harmonics: Tensor,  # noqa: ARG002
+        rows: tuple[Tensor, ...],  # noqa: ARG002
+        targets: Targets,  # noqa: ARG002
+        *,
+        twice: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Message`."""
+        return self.logits(self.linear.first(m, self.num_alpha), twice=twice), m
 
 
-class DotProductMessage(nn.Module):
+class DotProductMessage(Message):
     """Logits q . k with queries from the target's features; keys and values from one linear on m.
 
     Each irrep of a query is divided by sqrt(irreps of a head * (2l + 1)), so that components of
-    variance one make logits of variance one.
+    variance one make logits of variance one. The keys' bias adds the same to all logits of a target
+    and head, which the softmax takes away again: it is left out.
     """
 
     def __init__(
@@ -126,17 +185,33 @@ class DotProductMessage(nn.Module):
         self.query = IrrepsLinear(irreps_x, self.irreps)
         self.key_value = IrrepsLinear(irreps_in, copies(2, self.irreps))
 
-    def forward(self, message: Tensor, edges: IrrepsEdges, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [E, heads] and values of all heads."""
-        queries = take(self.query(x), 0, edges.target)
-        both = blocks(self.key_value(message), self.key_value.irreps_out)
-        keys, values = zip(*(part.chunk(2, dim=2) for part in both), strict=True)
-        logits = message.new_zeros(edges.num_edges, self.num_heads)
-        for query, key in zip(blocks(queries, self.irreps), keys, strict=True):
-            scale = 1 / math.sqrt(self.irreps_per_head * query.shape[1])
-            product = (query * key).sum(dim=1).unflatten(1, (self.num_heads, -1))
-            logits = logits + scale * product.sum(dim=2)
-        return logits, joined(values)
+    @property
+    def values(self) -> IrrepsLinear:  # type: ignore[override]
+        """See :class:`Message`."""
+        return self.key_value
+
+    def edge_parameters(self) -> list[nn.Parameter]:
+        """See :class:`Message`."""
+        return list(self.key_value.parameters())
+
+    def rows(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries [rows, irreps.dim]."""
+        parts = blocks(self.query(x), self.irreps)
+        return (joined(p / math.sqrt(self.irreps_per_head * p.shape[1]) for p in parts),)
+
+    def forward(
+        self,
+        m: Tensor,
+        harmonics: Tensor,  # noqa: ARG002
+        rows: tuple[Tensor, ...],
+        targets: Targets,
+        *,
+        twice: bool,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Message`."""
+        (queries,) = rows
+        taken_through = self.key_value.through(queries, self.irreps, self.num_heads)
+        return head_dot(m, taken_through.to(m.dtype), targets), m
 
 
 class GraphAttention(nn.Module):
@@ -167,7 +242,7 @@ class GraphAttention(nn.Module):
         self.alpha_drop = nn.Dropout(config.alpha_drop)
         self.projection = IrrepsLinear(config.irreps_values, irreps_out)
 
-    def _message(self, config: IrrepsAttentionConfig, irreps_x: o3.Irreps) -> nn.Module:
+    def _message(self, config: IrrepsAttentionConfig, irreps_x: o3.Irreps) -> Message:
         irreps = self.product.irreps_out
         if config.attention == "dot_product":
             return DotProductMessage(config, irreps, irreps_x)
@@ -175,17 +250,31 @@ class GraphAttention(nn.Module):
 
     def forward(self, x: Tensor, edges: IrrepsEdges) -> Tensor:
         """[rows, irreps_in.dim] to [rows, irreps_out.dim]."""
-        sources = edges.of_all_atoms(self.source(x))
-        ends = Ends(sources, self.target(x), edges.source, edges.target)
-        logits, values = self.message(self.product(ends, edges), edges, x)
-        alpha = self.alpha_drop(segment_softmax(logits, edges.target, edges.num_rows))
-        projected: Tensor = self.projection(self._sum(alpha.to(values.dtype), values, edges))
+        read = [edges.basis, edges.harmonics]
+        if self.training and self.alpha_drop.p > 0:
+            read.append(self.alpha_drop(x.new_ones(edges.num_edges, self.num_heads)))
+        sums: Tensor = edges.sum(
+            partial(self._attend, twice=edges.twice),
+            edges.of_all_atoms(self.source(x)),
+            edges=read,
+            rows=(self.target(x), *self.message.rows(x)),
+            parameters=(*self.product.parameters(), *self.message.edge_parameters()),
+        )
+        projected: Tensor = self.projection(sums)
         return projected
 
-    def _sum(self, alpha: Tensor, values: Tensor, edges: IrrepsEdges) -> Tensor:
-        """Sum over each atom's edges of alpha times the values of its head."""
-        weighted = [
-            part.unflatten(2, (self.num_heads, -1)) * alpha[:, None, :, None]
-            for part in blocks(values, self.irreps_values)
-        ]
-        return segment_sum(joined(weighted), edges.target, edges.num_rows)
+    def _attend(self, part: Part, *, twice: bool) -> Tensor:
+        """Sum over some atoms' edges of alpha times the values: [n, irreps_values.dim]."""
+        basis, harmonics, *dropout = part.edges
+        features, *rows = part.rows
+        ends = Ends(part.sources, features, part.source, part.target)
+        m = self.product(ends, harmonics, basis)
+        first_edges = torch.arange(part.num_rows + 1, device=m.device)
+        targets = Targets(part.target, torch.searchsorted(part.target, first_edges))
+        logits, x = self.message(m, harmonics, tuple(rows), targets, twice=twice)
+        alpha = segment_softmax(logits, part.target, part.num_rows)
+        if dropout:
+            alpha = alpha * dropout[0]
+        sums = head_sum(alpha.to(x.dtype), x, targets)
+        total = segment_sum(alpha, part.target, part.num_rows)
+        return self.message.values.of_heads(sums, total, self.irreps_values)

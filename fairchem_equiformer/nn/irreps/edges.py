@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.ops.edges import NodeShare
+from fairchem_equiformer.ops.over_chunks import Part, over_chunks
+from fairchem_equiformer.ops.segments import Chunk, target_chunks
 from fairchem_equiformer.so3.harmonics import harmonics
 
 
@@ -28,6 +30,7 @@ class IrrepsEdges:
     batch: Tensor  # [rows], structure of each atom computed here
     num_graphs: int
     rows: slice  # atoms whose features are computed here
+    chunks: tuple[Chunk, ...]  # in which the edges are worked through
     twice: bool  # whether results are differentiated, and then their derivatives
     share: NodeShare | None = None  # None where all atoms are computed here
 
@@ -49,6 +52,30 @@ class IrrepsEdges:
         """Features [N, ...] from those of the atoms computed here."""
         return x if self.share is None else self.share.gather(x)
 
+    def sum(
+        self,
+        function: Callable[[Part], Tensor],
+        sources: Tensor,
+        *,
+        edges: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+    ) -> Tensor:
+        """Call a function on the edges, chunk by chunk; all at once where ``twice``.
+
+        Args:
+            function, edges, rows, parameters: of :func:`over_chunks`.
+            sources: [N, ...], features of all atoms; [1, ...] where they are all the same.
+        """
+        source = self.source if len(sources) > 1 else torch.zeros_like(self.source)
+        if self.twice:
+            part = Part(sources, source, self.target, tuple(edges), tuple(rows), self.num_rows)
+            return function(part)
+        ends = source, self.target
+        return over_chunks(
+            function, self.chunks, ends, sources, edges=edges, rows=rows, parameters=parameters
+        )
+
 
 def irreps_edges(
     graph: EdgeGraph,
@@ -56,6 +83,7 @@ def irreps_edges(
     expansion: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     *,
+    max_edges: int,
     twice: bool = False,
     share: NodeShare | None = None,
 ) -> IrrepsEdges:
@@ -66,13 +94,15 @@ def irreps_edges(
         irreps_sh: of the harmonics, every degree once.
         expansion: the radial basis, of distances in Angstrom.
         dtype: of the features.
+        max_edges: of a chunk.
         twice: see :class:`IrrepsEdges`.
         share: the atoms whose features are computed here, by default all.
     """
     rows = slice(0, graph.num_nodes) if share is None else share.rows
+    pointers = graph.target_ptr[rows.start : rows.stop + 1]
     kept = slice(0, graph.num_edges)
     if share is not None:
-        kept = slice(int(graph.target_ptr[rows.start]), int(graph.target_ptr[rows.stop]))
+        kept = slice(int(pointers[0]), int(pointers[-1]))
     return IrrepsEdges(
         source=graph.source[kept],
         target=graph.target[kept] - rows.start,
@@ -81,6 +111,7 @@ def irreps_edges(
         batch=graph.batch[rows],
         num_graphs=graph.num_graphs,
         rows=rows,
+        chunks=() if twice else target_chunks(pointers - kept.start, max_edges, rows.start),
         twice=twice,
         share=share,
     )

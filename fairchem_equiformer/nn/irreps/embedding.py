@@ -11,7 +11,8 @@ from fairchem_equiformer.nn.irreps.attention import IrrepsAttentionConfig
 from fairchem_equiformer.nn.irreps.edges import IrrepsEdges
 from fairchem_equiformer.nn.irreps.linear import IrrepsLinear
 from fairchem_equiformer.nn.irreps.tensor_product import RadialTensorProduct
-from fairchem_equiformer.ops.segments import segment_sum
+from fairchem_equiformer.ops.over_chunks import Part
+from fairchem_equiformer.ops.segments import segment_sum, take
 from fairchem_equiformer.so3.irreps import SCALAR, channels_of
 
 
@@ -49,5 +50,20 @@ class IrrepsEdgeDegreeEmbedding(nn.Module):
         """[rows, irreps.dim]."""
         scalars = self.scalars(edges.source.new_zeros(1))
         x = nn.functional.pad(scalars, (0, self.irreps.dim - scalars.shape[1]))
-        messages = self.linear(self.product(x.expand(edges.num_edges, -1), edges))
-        return segment_sum(messages, edges.target, edges.num_rows) / self.divisor
+        sums = edges.sum(
+            self._sum,
+            x,
+            edges=(edges.basis, edges.harmonics),
+            rows=(),
+            parameters=tuple(self.product.parameters()),
+        )
+        degree = torch.bincount(edges.target, minlength=edges.num_rows)
+        out: Tensor = self.linear(sums, degree.to(sums.dtype)) / self.divisor
+        return out
+
+    def _sum(self, part: Part) -> Tensor:
+        """Products of some edges, summed over each target: [n, product.irreps_out.dim]."""
+        basis, harmonics = part.edges
+        x = part.sources if part.source is None else take(part.sources, 0, part.source)
+        products = self.product(x, harmonics, basis)
+        return segment_sum(products, part.target, part.num_rows)

@@ -38,27 +38,94 @@ class IrrepsLinear(nn.Module):
         scalars = channels_of(irreps_out, SCALAR) if bias else 0
         self.bias = nn.Parameter(torch.zeros(scalars)) if scalars else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, irreps_in.dim] to [n, irreps_out.dim]."""
+    def forward(self, x: Tensor, terms: Tensor | None = None) -> Tensor:
+        """[n, irreps_in.dim] to [n, irreps_out.dim].
+
+        Args:
+            x: rows.
+            terms: [n], of how many rows each is the sum: so many times the bias is added. By
+                default once.
+        """
         inputs = blocks(x, self.irreps_in)
         parts = []
         for mul, ir in self.irreps_out:
             own = [part for part, (_, k) in zip(inputs, self.irreps_in, strict=True) if k == ir]
             bias = self.bias if ir == SCALAR else None
-            parts.append(self._of(own, ir, bias) if own else x.new_zeros(len(x), ir.dim, mul))
+            once = bias if terms is None else None
+            parts.append(self._of(own, ir, once) if own else x.new_zeros(len(x), ir.dim, mul))
+            if terms is not None and bias is not None:
+                parts[-1] = parts[-1] + (terms[:, None] * bias)[:, None]
         return joined(parts)
 
     def _of(self, inputs: list[Tensor], ir: o3.Irrep, bias: Tensor | None) -> Tensor:
         """One irrep [n, 2l + 1, channels]."""
-        weight = self.weight[str(ir)]
-        if len(inputs) == 1:
-            return nn.functional.linear(inputs[0], weight, bias)
-        widths = [part.shape[2] for part in inputs]
-        columns = weight.split(widths, dim=1)
-        total = nn.functional.linear(inputs[0], columns[0], bias)
-        for part, own in zip(inputs[1:], columns[1:], strict=True):
-            total = total + nn.functional.linear(part, own)
-        return total
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=2)
+        return nn.functional.linear(x, self.weight[str(ir)], bias)
+
+    def first(self, x: Tensor, channels: int) -> Tensor:
+        """The first invariants of the result: [n, irreps_in.dim] to [n, channels].
+
+        Invariants must stand in one place of the input.
+        """
+        place = [ir for _, ir in self.irreps_in].index(SCALAR)
+        bias = None if self.bias is None else self.bias[:channels]
+        weight = self.weight[str(SCALAR)][:channels]
+        return nn.functional.linear(x[:, self.irreps_in.slices()[place]], weight, bias)
+
+    def of_heads(self, sums: Tensor, terms: Tensor, irreps: o3.Irreps) -> Tensor:
+        """The last channels of the result, each head's from a sum of rows of its own.
+
+        What stands in one irrep of the result: the heads' channels one after the other. Irreps of
+        the input must stand there once.
+
+        Args:
+            sums: [n, heads, irreps_in.dim], weighted sums over rows.
+            terms: [n, heads], sum of the weights: so many times the bias is added.
+            irreps: of all heads, the last channels of irreps_out.
+
+        Returns:
+            [n, irreps.dim].
+        """
+        heads = sums.shape[1]
+        columns = dict(zip((ir for _, ir in self.irreps_in), self.irreps_in.slices(), strict=True))
+        parts = []
+        for mul, ir in irreps:
+            if ir not in columns:
+                parts.append(sums.new_zeros(len(sums), ir.dim, mul))
+                continue
+            weight = self.weight[str(ir)][-mul:].unflatten(0, (heads, -1))
+            x = sums[:, :, columns[ir]].unflatten(2, (ir.dim, -1))
+            part = torch.einsum("nhku,hcu->nkhc", x, weight)
+            if ir == SCALAR and self.bias is not None:
+                bias = self.bias[-mul:].unflatten(0, (heads, -1))
+                part = part + (terms[:, :, None] * bias)[:, None]
+            parts.append(part.flatten(2))
+        return joined(parts)
+
+    def through(self, queries: Tensor, irreps: o3.Irreps, heads: int) -> Tensor:
+        """What to multiply the input with for the dot products of queries with each head's result.
+
+        For the first channels of the result, without the bias; otherwise as :meth:`of_heads`.
+
+        Args:
+            queries: [n, irreps.dim].
+            irreps: of all heads, the first channels of irreps_out.
+            heads: how many.
+
+        Returns:
+            [n, heads, irreps_in.dim].
+        """
+        own = dict(zip((ir for _, ir in irreps), blocks(queries, irreps), strict=True))
+        parts = []
+        for mul, ir in self.irreps_in:
+            if ir not in own:
+                parts.append(queries.new_zeros(len(queries), heads, ir.dim * mul))
+                continue
+            query = own[ir].unflatten(2, (heads, -1))
+            channels = query.shape[2] * query.shape[3]
+            weight = self.weight[str(ir)][:channels].unflatten(0, (heads, -1))
+            parts.append(torch.einsum("nkhc,hcu->nhku", query, weight).flatten(2))
+        return torch.cat(parts, dim=2)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -6,7 +6,6 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
-from fairchem_equiformer.nn.irreps.edges import IrrepsEdges
 from fairchem_equiformer.nn.radial import RadialFunction
 from fairchem_equiformer.ops.depthwise_tensor_product import Ends, depthwise_tensor_product
 from fairchem_equiformer.so3.depthwise import depthwise_paths
@@ -23,7 +22,7 @@ class RadialTensorProduct(nn.Module):
         hidden: width of the radial function's two hidden layers.
 
     Attributes:
-        irreps_out: of the result, an entry for each path.
+        irreps_out: of the result.
     """
 
     def __init__(
@@ -41,12 +40,10 @@ class RadialTensorProduct(nn.Module):
         for layer in (self.radial.net[0], self.radial.net[3]):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor | Ends, edges: IrrepsEdges) -> Tensor:
+    def forward(self, x: Tensor | Ends, harmonics: Tensor, basis: Tensor) -> Tensor:
         """[E, irreps_in.dim], or features of atoms, to [E, irreps_out.dim]."""
-        weights = self.radial(edges.basis)
-        return depthwise_tensor_product(
-            x, edges.harmonics, weights.to(edges.harmonics.dtype), self.paths, channels_last=True
-        )
+        weights = self.radial(basis).to(harmonics.dtype)
+        return depthwise_tensor_product(x, harmonics, weights, self.paths, channels_last=True)
 
 
 class TensorProduct(nn.Module):
@@ -58,7 +55,7 @@ class TensorProduct(nn.Module):
         irreps_wanted: those of the result's irreps that are kept, beside invariants.
 
     Attributes:
-        irreps_out: of the result, an entry for each path.
+        irreps_out: of the result.
     """
 
     def __init__(
@@ -69,8 +66,6 @@ class TensorProduct(nn.Module):
         self.irreps_out = self.paths.irreps_out
         self.weight = nn.Parameter(torch.randn(self.paths.weight_numel))
 
-    def forward(self, x: Tensor, edges: IrrepsEdges) -> Tensor:
+    def forward(self, x: Tensor, harmonics: Tensor) -> Tensor:
         """[E, irreps_in.dim] to [E, irreps_out.dim]."""
-        return depthwise_tensor_product(
-            x, edges.harmonics, self.weight, self.paths, channels_last=True
-        )
+        return depthwise_tensor_product(x, harmonics, self.weight, self.paths, channels_last=True)
