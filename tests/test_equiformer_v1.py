@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from e3nn import o3
 from torch import Tensor
 
+from fairchem_equiformer.graph.build import build_graph
 from fairchem_equiformer.models import Equiformer
+from fairchem_equiformer.nn.irreps.activation import Gate, normalized_sigmoid, normalized_silu
+from fairchem_equiformer.nn.irreps.linear import IrrepsLinear
+from fairchem_equiformer.nn.irreps.norm import IrrepsLayerNorm
+from fairchem_equiformer.nn.irreps.tensor_product import TensorProduct
 from fairchem_equiformer.so3.harmonics import harmonics
+from fairchem_equiformer.so3.irreps import blocks
 from tests.conformance import Conformance, predict
-from tests.models import scatter_weights
-from tests.structures import batch_of, in_double, moved, slab
+from tests.models import random_loss, results, scatter_weights
+from tests.reference_v1 import Reference
+from tests.structures import batch_of, from_atoms, in_double, moved, single_atom, slab
 from tests.tolerances import assert_all_close, assert_close
 
 # A small model of all parts.
@@ -176,3 +186,165 @@ def test_harmonics_are_those_of_e3nn(lmax):
     vector = torch.randn(20, 3, dtype=torch.float64)
     expected = o3.spherical_harmonics(list(range(lmax + 1)), vector, True, "component")
     assert_close(harmonics(vector, lmax), expected, "wigner")
+
+
+class TestReference:
+    """Against tests/reference_v1.py: e3nn's modules, on the same weights."""
+
+    @pytest.mark.parametrize("irreps", [DEGREE_2, PARITY], ids=["SE(3)", "E(3)"])
+    @every_variant
+    def test_outputs_and_gradients(self, variant, irreps):
+        model = build(**variant, **irreps, max_neighbors=6).double()
+        data = in_double(batch_of(slab("Cu", "CO", 1), single_atom()))
+        found = results(model, data)
+        graph = build_graph(data, model.config.graph(otf=True))
+        model.zero_grad()
+        outputs = Reference(model, graph).outputs()
+        random_loss(outputs).backward()
+        assert_all_close(found[0], outputs, "formula")
+        # All together, since some are zero but for rounding: (a x y) . y of the same edge.
+        expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        assert_close(torch.cat([g.flatten() for g in found[1].values()]), expected, "formula")
+
+
+def energy_of(model: Equiformer, data: Any) -> Any:
+    """The energy as a function of positions, strained as `Equiformer` strains."""
+
+    def energy(pos: Tensor, strain: Tensor) -> Tensor:
+        moved_data = data.clone()
+        deformation = torch.eye(3, dtype=pos.dtype) + (strain + strain.T) / 2
+        moved_data.pos = pos @ deformation
+        moved_data.cell = data.cell @ deformation
+        return model(moved_data)["energy"]
+
+    return energy
+
+
+def cluster() -> Any:
+    """Three atoms, near and far, in a small cell."""
+    atoms = Atoms("OH2", [(0, 0, 0), (0.9, 0.3, 0.1), (-0.4, 0.8, 0.2)], cell=[4.0, 4.2, 4.4])
+    atoms.pbc = True
+    return in_double(batch_of(from_atoms(atoms)))
+
+
+class TestDerivativesOfTheEnergy:
+    @pytest.fixture
+    def model(self) -> Equiformer:
+        keys = {"irreps_node_embedding": "4x0e+2x1e", "irreps_head": "2x0e+1x1e"}
+        sizes = {"irreps_mlp_mid": "4x0e+2x1e", "irreps_feature": "4x0e", "edge_channels": 4}
+        return build(**keys, **sizes, **DERIVED, max_radius=3.0, num_layers=1).double()
+
+    def test_forces_and_stress_against_finite_differences(self, model):
+        data, step = cluster(), 1e-5
+        energy = energy_of(model, data)
+        out = model(data)
+        none = torch.zeros(3, 3, dtype=torch.float64)
+        for index in range(9):
+            change = torch.zeros(9, dtype=torch.float64)
+            change[index] = step
+            change = change.view(3, 3)
+            by_position = energy(data.pos + change, none) - energy(data.pos - change, none)
+            by_strain = energy(data.pos, change) - energy(data.pos, -change)
+            force = -by_position / (2 * step)
+            stress = by_strain / (2 * step) / data.cell.det()
+            for key, value in (("forces", force), ("stress", stress)):
+                error = abs(value - out[key].flatten()[index]) / out[key].abs().max()
+                assert error < 1e-6, key
+
+    def test_they_can_be_differentiated(self, model):
+        data = cluster()
+
+        def outputs(pos: Tensor) -> tuple[Tensor, Tensor]:
+            moved_data = data.clone()
+            moved_data.pos = pos
+            out = model(moved_data)
+            return out["forces"], out["stress"]
+
+        pos = data.pos.clone().requires_grad_()
+        assert torch.autograd.gradcheck(outputs, (pos,))
+        strain = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(energy_of(model, data), (pos, strain), fast_mode=True)
+
+    def test_a_training_step_learns_forces(self, model):
+        data = cluster()
+        loss = model(data)["forces"].square().sum()
+        loss.backward()
+        with torch.no_grad():
+            gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
+            squares = sum(grad.square().sum() for grad in gradients.values())
+            step = 1e-5 * loss / squares
+            for parameter, grad in gradients.items():
+                parameter.sub_(step * grad)
+            gained = loss - model(data)["forces"].square().sum()
+        assert gained.item() == pytest.approx((step * squares).item(), rel=0.01)
+
+    def test_in_inference_mode(self, model):
+        data = cluster()
+        expected = predict(model, data)
+        with torch.inference_mode():
+            out = model(data.clone())
+        assert_all_close(out, expected, "outputs")
+
+    def test_a_stress_needs_a_volume(self, model):
+        data = cluster()
+        data.cell = torch.zeros_like(data.cell)
+        data.pbc = torch.zeros(1, 3, dtype=torch.bool)
+        with pytest.raises(ValueError, match="no volume"):
+            model(data)
+
+
+class TestInitialization:
+    """Components of variance one stay so, through every layer."""
+
+    def test_layers_keep_the_variance(self):
+        irreps = o3.Irreps("64x0e+64x1e+64x2e")
+        x = torch.randn(500, irreps.dim)
+        linear = IrrepsLinear(irreps, irreps)
+        normalised = IrrepsLayerNorm(irreps)(3 * x)
+        gate = Gate(irreps)
+        gated = gate(torch.randn(500, gate.irreps_in.dim))
+        for name, out in (("linear", linear(x)), ("norm", normalised), ("gate", gated)):
+            for part in blocks(out, irreps):
+                assert part.square().mean().item() == pytest.approx(1, abs=0.06), name
+        assert linear(x).mean().abs() < 0.05
+
+    def test_tensor_product(self):
+        irreps, sh = o3.Irreps("64x0e+64x1e+64x2e"), o3.Irreps("1x0e+1x1e+1x2e")
+        product = TensorProduct(irreps, sh, irreps)
+        directions = harmonics(torch.randn(2000, 3), 2)
+        out = product(torch.randn(2000, irreps.dim), SimpleNamespace(harmonics=directions))
+        for part in blocks(out, product.irreps_out):
+            assert part.square().mean().item() == pytest.approx(1, abs=0.25)
+
+    @pytest.mark.parametrize("function", [normalized_silu, normalized_sigmoid])
+    def test_second_moments_are_one(self, function):
+        nodes, weights = np.polynomial.hermite_e.hermegauss(100)
+        values = function(torch.from_numpy(nodes)).square()
+        moment = (torch.from_numpy(weights) * values).sum() / weights.sum()
+        assert moment.item() == pytest.approx(1, abs=5e-3)  # e3nn's is a mean of draws
+
+
+class TestKeys:
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"irreps_head": "32x0e+16x1"}, "irreps_head is '32x0e.16x1', it must be irreps as"),
+            ({"irreps_feature": "16x1e+512x0e"}, "irreps_feature .* with 0e first"),
+            ({"irreps_sh": "1x0e+2x1e"}, "irreps_sh .* it must be 1x0e.1x1e .SE.3.. or 1x0e.1x1o"),
+            ({"irreps_mlp_mid": "8x0e+8x1o"}, "irreps_mlp_mid .* of even irreps"),
+            ({"regress_stress": True}, "regress_stress is True, it must be False"),
+            ({"attention": "linear"}, "attention is 'linear', it must be 'mlp' or 'dot_product'"),
+            ({"vector_outputs": ["energy"]}, "vector_outputs .* names of outputs"),
+            ({"alpha_drop": 1}, "alpha_drop is 1, it must be a probability"),
+            ({"num_layers": 2.5}, "num_layers is 2.5, it must be a whole number"),
+            ({"num_head": 4}, "unknown key 'num_head' in the config of Equiformer; did you mean"),
+        ],
+    )
+    def test_a_wrong_value_is_named(self, keys, message):
+        with pytest.raises(ValueError, match=message):
+            Equiformer(**keys)
+
+    def test_a_checkpoint_of_another_size(self):
+        other = build(num_layers=1).state_dict()
+        with pytest.raises(ValueError, match="num_layers: checkpoint 1, config 2"):
+            build().load_state_dict(other)
