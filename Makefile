@@ -27,13 +27,14 @@ DESCRIPTION := setup.cfg setup.py pyproject.toml startup/fairchem_equiformer_sta
 	startup/fairchem_equiformer_startup.py $(wildcard fairchem_equiformer/ops/native/*.cpp) \
 	$(wildcard fairchem_equiformer/ops/native/*.h) fairchem_equiformer/ops/native/sources.py
 
-.PHONY: help install install-fairchem2 demo demo-long adsorbml test test-long test-fairchem2 \
-	test-slurm test-wheel wheel soak lint format clean
+.PHONY: help install install-fairchem2 demo demo-long compare-versions adsorbml test test-long \
+	test-fairchem2 test-slurm test-wheel wheel soak lint format clean
 
 help:
 	@echo 'make install         set up $(VENV) with fairchem-core 1.10 (12 minutes on 2 cores; once)'
 	@echo 'make demo            install, then train, predict and relax on a small real problem'
 	@echo 'make demo-long       the same, trained for longer to smaller errors'
+	@echo 'make compare-versions  train Equiformer, EquiformerV2 and their ablations: one table'
 	@echo 'make adsorbml        after make demo: search adsorption sites with its model'
 	@echo 'make test            install, then the tests'
 	@echo 'make test-long       install, then the tests that take minutes each'
@@ -90,6 +91,9 @@ demo: install
 
 demo-long: install
 	@$(BIN)/python examples/emt/run.py --long
+
+compare-versions: install
+	@$(BIN)/python examples/emt/compare.py
 
 adsorbml: install
 	@$(BIN)/python examples/emt/adsorbml.py
