@@ -37,8 +37,9 @@ class EquiformerCalculator(Calculator):
     """Energy, forces and, where the checkpoint predicts it, stress of a structure.
 
     The numbers are those of fairchem-core 1.10's ``OCPCalculator``. As there, periodic directions
-    are those of ``atoms.pbc``, and fixed atoms have the forces that the model predicts. Forces are
-    predicted, not derived from the energy; so is the stress.
+    are those of ``atoms.pbc``, and fixed atoms have the forces that the model predicts. Of
+    EquiformerV2 forces and stress are predicted, not derived from the energy; of Equiformer with
+    ``direct_forces: False`` in its config they are derivatives.
 
     Args:
         checkpoint: the file, or what :func:`~fairchem_equiformer.checkpoints.load` made of it.

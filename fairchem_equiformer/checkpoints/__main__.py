@@ -14,11 +14,13 @@ from fairchem_equiformer.checkpoints.checkpoint import load
 from fairchem_equiformer.checkpoints.published import PUBLISHED
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.models import DeNSBackbone
+from fairchem_equiformer.models.config_v1 import EquiformerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from fairchem_equiformer.checkpoints.checkpoint import Checkpoint
+    from fairchem_equiformer.models.config import ModelConfig
 
 NOTES = """\
 facebook/OMAT24 is a repository of the Hugging Face hub, behind its licence. fairchem-core 1.10
@@ -82,25 +84,32 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
 
 def description(checkpoint: Checkpoint) -> list[str]:
     """What a checkpoint is, line by line."""
-    config = checkpoint.model_config
     kind = "hydra (backbone and heads)" if checkpoint.form == "hydra" else "flat"
     kind += ", with DeNS" if checkpoint.backbone_class is DeNSBackbone else ""
     count = sum(value.numel() for value in checkpoint.weights.values())
     like = [f"{one.file} ({one.data})" for one in PUBLISHED if one.is_like(checkpoint)]
-    size = f"{config.num_layers} blocks, Lmax {config.lmax}, Mmax {config.mmax}"
+    config = checkpoint.model_config
+    size = f"{config.num_layers} blocks, {_size(config)}"
     reads = f"{config.max_neighbors} neighbours within {config.max_radius:g} Angstrom"
     rows = [
         ("form", kind),
-        ("size", f"{size}, {config.sphere_channels} channels, {count:,} parameters"),
+        ("size", f"{size}, {count:,} parameters"),
         ("reads", f"{reads}, atomic numbers up to {config.max_num_elements - 1}"),
         ("weights", "moving averages (EMA)" if checkpoint.averaged else "as saved, no EMA beside"),
         *(("predicts", _target(checkpoint, target)) for target in checkpoint.outputs),
         ("looks like", " or ".join(like) or "none of the published ones"),
     ]
-    if config.load_energy_lin_ref and not config.use_energy_lin_ref:
+    v2 = None if isinstance(config, EquiformerConfig) else config
+    if v2 and v2.load_energy_lin_ref and not v2.use_energy_lin_ref:
         note = "energies lack the references energy_lin_ref, see use_energy_lin_ref in the config"
         rows.append(("note", note))
     return [str(checkpoint.path), *(f"  {line}" for line in _aligned(rows))]
+
+
+def _size(config: ModelConfig | EquiformerConfig) -> str:
+    if isinstance(config, EquiformerConfig):
+        return f"irreps {config.irreps_node_embedding}"
+    return f"Lmax {config.lmax}, Mmax {config.mmax}, {config.sphere_channels} channels"
 
 
 def _target(checkpoint: Checkpoint, target: str) -> str:

@@ -23,6 +23,7 @@ from fairchem_equiformer.checkpoints.config import (
 from fairchem_equiformer.checkpoints.potential import Potential
 from fairchem_equiformer.checkpoints.reading import CheckpointError, read
 from fairchem_equiformer.models.config import ModelConfig
+from fairchem_equiformer.models.config_v1 import EquiformerConfig
 from fairchem_equiformer.models.load_hooks import is_derived
 
 # Names of normalisers until OCP's 2.0, and what they are called since.
@@ -39,7 +40,7 @@ class Normalizer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of EquiformerV2, whoever wrote it.
+    """A checkpoint of EquiformerV2, whoever wrote it, or of Equiformer.
 
     Attributes:
         path: the file.
@@ -59,7 +60,7 @@ class Checkpoint:
     path: Path
     form: str
     backbone: Config
-    backbone_class: type[models.EquiformerV2Backbone]
+    backbone_class: type[models.EquiformerV2Backbone | models.Equiformer]
     heads: dict[str, tuple[type[nn.Module], Config]]
     weights: dict[str, Tensor] = field(repr=False)
     averaged: bool
@@ -69,23 +70,22 @@ class Checkpoint:
     config: Config = field(repr=False)
 
     @property
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> ModelConfig | EquiformerConfig:
         """The backbone's keys, checked."""
         found = Architecture(self.form, self.backbone_class, self.backbone, self.heads)
         return found.model_config
 
-    def model(self) -> models.EquiformerV2 | models.EquiformerV2Hydra:
+    def model(self) -> nn.Module:
         """The model in plain PyTorch, with the weights; its results are normalised.
 
         Raises:
             CheckpointError: if the weights do not belong to the config; names what differs.
         """
         try:
-            model = (
-                models.EquiformerV2(**self.backbone)
-                if self.form == "flat"
-                else models.EquiformerV2Hydra(self.backbone, self.heads, self.backbone_class)
-            )
+            if issubclass(self.backbone_class, models.Equiformer) or self.form == "flat":
+                model: nn.Module = self.backbone_class(**self.backbone)
+            else:
+                model = models.EquiformerV2Hydra(self.backbone, self.heads, self.backbone_class)
             load_weights(model, self.weights)
         except (CheckpointError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {' '.join(str(error).split())}") from error
@@ -110,7 +110,8 @@ def load(path: str | Path, *, trusted: bool = False) -> Checkpoint:
         trusted: see :func:`~fairchem_equiformer.checkpoints.read`.
 
     Raises:
-        CheckpointError: if it cannot be read, or is none of EquiformerV2; says why in one line.
+        CheckpointError: if it cannot be read, or is none of EquiformerV2 and Equiformer; says why
+            in one line.
     """
     path = Path(path)
     content = read(path, trusted=trusted)
@@ -124,7 +125,7 @@ def understand(content: Config, path: Path) -> Checkpoint:
     """What the content of a checkpoint says; `path` is for messages.
 
     Raises:
-        CheckpointError: if it is none of EquiformerV2; says why in one line.
+        CheckpointError: if it is none of EquiformerV2 and Equiformer; says why in one line.
     """
     check_content(content)
     config = content["config"]

@@ -13,6 +13,7 @@ from fairchem_equiformer import models
 from fairchem_equiformer.checkpoints import names
 from fairchem_equiformer.checkpoints.reading import CheckpointError, read
 from fairchem_equiformer.models.config import ModelConfig
+from fairchem_equiformer.models.config_v1 import EquiformerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,15 @@ class Architecture:
     """Classes and keys of a model; of the attributes see ``Checkpoint``."""
 
     form: str
-    backbone_class: type[models.EquiformerV2Backbone]
+    backbone_class: type[models.EquiformerV2Backbone | models.Equiformer]
     backbone: Config
     heads: dict[str, tuple[type[Any], Config]]
 
     @property
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> ModelConfig | EquiformerConfig:
         """The backbone's keys, checked."""
+        if issubclass(self.backbone_class, models.Equiformer):
+            return EquiformerConfig.from_keys(self.backbone)
         own = self.backbone_class.own_keys
         return ModelConfig.from_keys({k: v for k, v in self.backbone.items() if k not in own})
 
@@ -41,7 +44,11 @@ class Architecture:
     def results(self) -> set[str]:
         """Keys of the model's results."""
         if self.form == "flat":
-            return {"energy", "forces"} if self.model_config.regress_forces else {"energy"}
+            config = self.model_config
+            results = {"energy", "forces"} if config.regress_forces else {"energy"}
+            if isinstance(config, EquiformerConfig):
+                results.update(config.vector_outputs, ["stress"] * config.regress_stress)
+            return results
         found = [key for head, keys in self.heads.values() for key in head.results(**keys)]
         twice = sorted({key for key in found if found.count(key) > 1})
         if twice:
@@ -127,10 +134,11 @@ def architecture(model: Config) -> Architecture:
     """Classes and keys of a section `model`.
 
     Raises:
-        CheckpointError: for a name or key that is none of EquiformerV2's, or an impossible value.
+        CheckpointError: for a name or key that is none of EquiformerV2's and Equiformer's, or an
+            impossible value.
     """
     if model["name"] != "hydra":
-        flat = names.resolve("config.model.name", model["name"], (names.FLAT,))
+        flat = names.resolve("config.model.name", model["name"], (names.FLAT, names.EQUIFORMER))
         found = Architecture("flat", flat.module, _without(model, "name"), {})
     else:
         backbone = model["backbone"]

@@ -51,6 +51,7 @@ class Names:
 
 
 FLAT = Names(models.EquiformerV2, ("equiformer_v2",), ("EquiformerV2",), "fairchem_equiformer_v2")
+EQUIFORMER = Names(models.Equiformer, (), (), "equiformer")  # of which fairchem has none
 BACKBONES = (
     Names(
         models.EquiformerV2Backbone,

@@ -119,9 +119,12 @@ class Published:
         """Whether a checkpoint is of the same class, size and kind of data."""
         own = self.backbone_class.own_keys
         keys = {key: value for key, value in self.keys.items() if key not in own}
-        return checkpoint.backbone_class is self.backbone_class and _signature(
-            checkpoint.model_config
-        ) == _signature(ModelConfig.from_keys(keys))
+        config = checkpoint.model_config
+        if checkpoint.backbone_class is not self.backbone_class:
+            return False
+        return isinstance(config, ModelConfig) and _signature(config) == _signature(
+            ModelConfig.from_keys(keys)
+        )
 
 
 def _signature(config: ModelConfig) -> tuple[object, ...]:

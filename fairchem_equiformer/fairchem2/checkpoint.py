@@ -15,6 +15,7 @@ from fairchem.core.units.mlip_unit.api.inference import (
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 
 from fairchem_equiformer import checkpoints, models
+from fairchem_equiformer.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +58,10 @@ def convert(
         InputError: for a file that is no checkpoint of EquiformerV2.
     """
     checkpoint = checkpoints.load(path, trusted=trusted)
+    if issubclass(checkpoint.backbone_class, models.Equiformer):
+        raise InputError(
+            f"{path} holds Equiformer (V1), and fairchem-core 2 gets EquiformerV2 alone"
+        )
     checkpoint.model()  # raises where weights and config do not belong together
     name = dataset or ("omat" if "stress" in checkpoint.outputs else "oc20")
     heads = {target: _head(target, checkpoint) for target in checkpoint.outputs}
@@ -166,7 +171,7 @@ def _references(target: str, checkpoint: Checkpoint) -> Tensor | None:
     """
     given = checkpoint.references.get(target)
     found = None if given is None else given.double().flatten()
-    if target == "energy" and checkpoint.model_config.use_energy_lin_ref:
+    if target == "energy" and checkpoint.backbone.get("use_energy_lin_ref"):
         own = checkpoint.weights["energy_lin_ref"].double() * _scale(target, checkpoint)["rmsd"]
         if found is None:
             return own
