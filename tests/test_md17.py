@@ -18,7 +18,9 @@ from fairchem.core.common.utils import load_config
 from fairchem.core.datasets import data_list_collater
 from fairchem.core.datasets.base_dataset import create_dataset
 
-from benchmarks import molecule
+from benchmarks import molecule, nve
+from fairchem_equiformer import EquiformerCalculator, checkpoints
+from fairchem_equiformer.checkpoints.__main__ import description
 from fairchem_equiformer.fairchem1 import cli
 from fairchem_equiformer.fairchem1.data import md17
 from tests.test_configs import CONFIGS, trainable_parameters
@@ -387,19 +389,60 @@ class TestTraining:
         assert float(logged) == pytest.approx(np.mean(wrong), abs=1e-4)
         assert np.mean(wrong) < 0.7 * np.mean([abs(force) for force in labels.values()])
 
-    def test_calculator_gives_the_gradient(self, trained, dataset):
-        """fairchem's, in single precision: the step is as long as that asks for."""
+    def test_calculators_give_the_gradient(self, trained, dataset):
+        """fairchem's own, in single precision; ours in double, where differences are exact."""
         atoms = molecule.elastic()
         atoms.positions = dataset("test")[0].pos.numpy()
         atoms.calc = OCPCalculator(checkpoint_path=str(trained), cpu=True)
-        gradient = calculate_numerical_forces(atoms, eps=2e-3)
-        np.testing.assert_allclose(atoms.get_forces(), gradient, rtol=0, atol=5e-3)
+        single = atoms.get_forces()
+        atoms.calc = EquiformerCalculator(trained, dtype="float64", device="cpu")
+        np.testing.assert_allclose(single, atoms.get_forces(), atol=1e-4)
+        gradient = calculate_numerical_forces(atoms, eps=1e-5)
+        np.testing.assert_allclose(atoms.get_forces(), gradient, rtol=0, atol=1e-6)
+
+    def test_checkpoint_says_what_it_is(self, trained):
+        text = "\n".join(description(checkpoints.load(trained)))
+        assert "1 blocks, irreps 16x0e+8x1e, 12,993 parameters" in text
+        assert "500 neighbours within 5 Angstrom, atomic numbers up to 63" in text
+        assert re.search(r"predicts +forces \(mean 0, std 0\.", text)
+        assert "none of the published ones" in text
 
     def test_refuses_a_scale_of_forces_of_their_own(self, src, tmp_path):
         command = [*command_of("train", src), "--run-dir", str(tmp_path)]
         fit = "--dataset.train.transforms.normalizer.fit.targets.forces.mean=0.0"
         with pytest.raises(ValueError, match=r"normalizer has `forces`, .*: delete it"):
             cli.main([*command, fit])
+
+
+class TestEnergyConservation:
+    """``benchmarks/nve.py`` at its smallest; its table is in docs/versions.md."""
+
+    def test_fluctuation_falls_with_the_square_of_the_step(self, trained):
+        calculator = EquiformerCalculator(trained, dtype="float64", device="cpu")
+        motions = {}
+        for femtoseconds, steps in ((1.0, 30), (0.5, 60)):
+            atoms = molecule.elastic()
+            atoms.calc = calculator
+            motions[femtoseconds] = nve.move(atoms, steps, femtoseconds)
+        ratio = motions[1.0].fluctuation / motions[0.5].fluctuation
+        assert ratio == pytest.approx(4, rel=0.25)
+        assert abs(motions[0.5].change) < motions[0.5].fluctuation
+
+    @pytest.mark.long
+    def test_whole_command(self, tmp_path):
+        """Forces that are no gradient heat the molecule; those that are do not."""
+        table = nve.compare(tmp_path, 1000, [0.5], epochs=5)
+        _, _, gradient, head = (line.split("|") for line in table.splitlines())
+        assert abs(float(gradient[5])) < 0.1 * abs(float(head[5]))
+
+    def test_drift_and_fluctuation_of_known_energies(self):
+        """A line of 2 meV/ps and a wave of 1 meV, for a molecule of two atoms."""
+        steps = np.arange(2001)
+        wave = 1e-3 * np.sin(2 * np.pi * steps / 100)
+        motion = nve.Motion(0.5, 2e-3 * steps * 0.5 / 1000 + wave, 2)
+        assert motion.drift == pytest.approx(1.0, abs=0.06)  # a little of the wave is in it
+        assert motion.fluctuation == pytest.approx(0.5 / np.sqrt(2), rel=0.01)
+        assert motion.change == pytest.approx(0.9, rel=0.01)
 
 
 class TestBadInput:
