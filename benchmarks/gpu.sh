@@ -29,7 +29,7 @@ pytest=("$python" -m pytest -q -p no:cacheprovider -o addopts=)
         timeout 120 "${pytest[@]}" tests/test_triton.py
     else
         echo 'left out for want of ase, lmdb or all of fairchem-core:' \
-            'test_model.py, test_stock_equality.py, test_neighbors.py'
+            'test_model.py, test_stock_equality.py, test_neighbors.py, test_recorded.py'
         timeout 240 "${pytest[@]}" --noconftest tests/test_triton.py tests/test_ops.py -k 'not cpu'
     fi
 } 2>&1 | tee "$folder/tests.txt" | tail -n 15
