@@ -30,16 +30,26 @@ from triton.runtime.jit import JITFunction
 from benchmarks import time_model
 from benchmarks.sizes import SIZES, Sizes
 from fairchem_equiformer.ops.triton import grid as grid_module
+from fairchem_equiformer.ops.triton import grid_mlp as grid_mlp_module
 from fairchem_equiformer.ops.triton.aggregate import AggregateKernels
 from fairchem_equiformer.ops.triton.attention import LogitKernels, SoftmaxKernels
+from fairchem_equiformer.ops.triton.gate import GateKernels
 from fairchem_equiformer.ops.triton.grid import GridKernels
+from fairchem_equiformer.ops.triton.grid_mlp import GridMLPKernels
 from fairchem_equiformer.ops.triton.message import MessageKernels
+from fairchem_equiformer.ops.triton.norm import NormKernels
 from fairchem_equiformer.so3.grid import grid
+from fairchem_equiformer.so3.layout import layout
 
 CAPABILITIES = (70, 80, 90)
 # Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {70: 96 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 ASSEMBLER_TARGET = {70: "sm_70", 80: "sm_80", 90: "sm_90a"}
+PRODUCTS = (
+    (torch.float32, "tf32x3"),
+    (torch.float32, "tf32"),
+    (torch.bfloat16, "ieee"),
+)
 EDGES, ATOMS = 32, 16  # divisible by 16, as they may be at best; sizes do not change the code
 _POINTERS = {
     torch.float32: "*fp32",
@@ -62,6 +72,8 @@ class Launch:
     def name(self) -> str:
         """Of the kernel, and how it makes products if it does."""
         name = self.kernel.__name__
+        if self.arguments.get("WEIGHTED") is False:
+            return f"{name} of degrees"
         kind = self.arguments.get("PRECISION")
         if kind is None:
             return name
@@ -98,10 +110,10 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def launches(sizes: Sizes, capability: int) -> list[Launch]:
-    """Every launch of an attention block of this size, forward and backward.
+    """Every launch of a block of this size and of the embedding, forward and backward.
 
-    The S2 activation comes three times: products in float32 (by three of TF32), TF32 and bfloat16.
-    Below compute capability 8.0 it is PyTorch's.
+    What makes products comes three times: in float32 (by three of TF32), TF32 and bfloat16. Below
+    compute capability 8.0 it is PyTorch's.
     """
     edge, out = sizes.layout, sizes.layout
     x = torch.empty(ATOMS, edge.num_coefficients, sizes.channels)
@@ -130,17 +142,42 @@ def launches(sizes: Sizes, capability: int) -> list[Launch]:
         LogitKernels(1e-5).backward(scalars, *weights, alpha)
         SoftmaxKernels().forward(alpha, pointers)
         SoftmaxKernels().backward(alpha, alpha, pointers)
-        for dtype, kind in (
-            ()
-            if capability < 80
-            else (
-                *((torch.float32, "tf32x3"), (torch.float32, "tf32")),
-                (torch.bfloat16, "ieee"),
-            )
-        ):
-            with mock.patch.object(grid_module, "precision", return_value=kind):
-                _activate(sizes, dtype)
+        messages_of_degrees = torch.empty(EDGES, sizes.lmax + 1, 1, sizes.channels)
+        embedding = AggregateKernels(edge, layout(sizes.lmax, 0))
+        embedding.forward(rotations, messages_of_degrees, None, pointers)
+        embedding.backward_values(rotations, x, target, 1, torch.float32)
+        _nodes(sizes, x)
+        if capability >= 80:
+            for dtype, kind in PRODUCTS:
+                with (
+                    mock.patch.object(grid_module, "precision", return_value=kind),
+                    mock.patch.object(grid_mlp_module, "precision", return_value=kind),
+                ):
+                    _activate(sizes, dtype)
+                    _grid_mlp(sizes, dtype)
     return found
+
+
+def _nodes(sizes: Sizes, x: torch.Tensor) -> None:
+    weight, affine = x.new_empty(sizes.channels), x.new_empty(sizes.lmax, sizes.channels)
+    norms = NormKernels(sizes.lmax, 1e-5)
+    norms.forward(x, weight, weight, affine)
+    norms.backward(x, weight, affine, x)
+    hidden = x.new_empty(ATOMS, x.shape[1], sizes.ffn_hidden)
+    gates = x.new_empty(ATOMS, sizes.lmax * sizes.ffn_hidden)
+    by_gates = GateKernels(layout(sizes.lmax, sizes.lmax).l_major)
+    by_gates.forward(hidden, gates)
+    by_gates.backward(hidden, gates, hidden)
+
+
+def _grid_mlp(sizes: Sizes, dtype: torch.dtype) -> None:
+    full, cpu = layout(sizes.lmax, sizes.lmax), torch.device("cpu")
+    sphere = grid(full, sizes.resolution, dtype, cpu, l_major=True, wanted="others")
+    x = torch.empty(ATOMS, full.num_coefficients, sizes.ffn_hidden, dtype=dtype)
+    weight = torch.empty(sizes.ffn_hidden, sizes.ffn_hidden, dtype=dtype)
+    kernels = GridMLPKernels(sphere)
+    kernels.forward(x, weight)
+    kernels.backward(x, weight, x[:, 1:])
 
 
 def _activate(sizes: Sizes, dtype: torch.dtype) -> None:
@@ -204,6 +241,52 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     )
 
 
+def narrow_addresses(launch: Launch) -> list[str]:
+    """Where a kernel's intermediate code computes an address into a long tensor in 32 bits.
+
+    Long are the tensors with an entry for each edge or atom. An index of an edge or atom is the
+    number of a program, which has to be widened at once, or was read from a tensor of 64 bits.
+    """
+    made = triton.compile(
+        source_of(launch), target=GPUTarget("cuda", 80, 32), options=launch.options
+    )
+    text = made.asm["ttir"]
+    signature = text[text.index("tt.func public") :].split("attributes", 1)[0]
+    pointers = re.findall(r"(%\w+): !tt\.ptr", signature)
+    tensors = [v for v in launch.arguments.values() if isinstance(v, torch.Tensor)]
+    counts = {EDGES, ATOMS, ATOMS + 1}
+    long = {p for p, t in zip(pointers, tensors, strict=True) if t.shape[0] in counts}
+    return narrow_programs(text) + narrow_pointers(text, long)
+
+
+def narrow_programs(text: str) -> list[str]:
+    """Uses of a program's number along the first axis other than its extension to 64 bits."""
+    found = []
+    for name in re.findall(r"(%\w+) = tt\.get_program_id x", text):
+        for line in text.splitlines():
+            uses = re.search(rf"{name}\b(?! =)", line)
+            if uses and not re.search(rf"arith\.extsi {name} : i32 to i64", line):
+                found.append(line.strip())
+    return found
+
+
+def narrow_pointers(text: str, long: set[str]) -> list[str]:
+    """Loads and stores whose way from one of these arguments has no offset of 64 bits."""
+    origin = {name: (name, False) for name in long}  # argument, whether an offset was wide
+    found = []
+    for line in text.splitlines():
+        moved = re.match(r"\s*(%\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) (%\w+)", line)
+        if moved and moved[2] in origin:
+            name, wide = origin[moved[2]]
+            offset = line.split(" loc(")[0].rstrip()
+            widened = "tt.addptr" in line and re.search(r", (?:i64|tensor<[0-9x]+xi64>)$", offset)
+            origin[moved[1]] = name, wide or bool(widened)
+        used = re.search(r"tt\.(?:load|store) (%\w+)", line)
+        if used and used[1] in origin and not origin[used[1]][1]:
+            found.append(f"{origin[used[1]][0]} by {used[1]}")
+    return found
+
+
 def assembler_report(ptx: str, target: str) -> str:
     """What ``ptxas -v``, which Triton brings along, says."""
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -250,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.no_compile:
             console.print(table(SIZES[name], options.capabilities))
         console.print(time_model.table(SIZES[name]))
+        console.print(time_model.so2_table(SIZES[name]))
 
 
 if __name__ == "__main__":

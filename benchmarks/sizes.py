@@ -1,4 +1,4 @@
-"""Sizes of the published models' attention."""
+"""Sizes of the published models' blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fairchem_equiformer.so3.layout import Layout, layout
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a published model's attention."""
+    """Of a published model's attention and feed-forward network."""
 
     name: str
     lmax: int
@@ -20,6 +20,7 @@ class Sizes:
     heads: int = 8
     alpha_channels: int = 64
     value_channels: int = 16
+    ffn_hidden: int = 128
     resolution: int = 18
 
     @property

@@ -50,10 +50,13 @@ class Stage:
     vector: float  # FLOP beside them
     floats: float  # read and written in device memory
     silu: float = 0  # evaluations
+    # Whether products of fp32 are made by three of TF32, with TF32 off too (Triton's are).
+    in_parts: bool = False
 
     def seconds(self, card: Card, *, tensor_cores: bool) -> float:
         """No run takes less."""
-        rate = card.matrix if tensor_cores else card.vector
+        least = max(card.vector, card.matrix / 3) if self.in_parts else card.vector
+        rate = card.matrix if tensor_cores else least
         arithmetic = self.flop / rate + self.vector / card.vector
         memory = self.floats * FLOAT / card.bandwidth
         return max(arithmetic, memory, 2 * self.silu / card.special)
@@ -73,11 +76,21 @@ class _Counts:
         self.first = self.features + self.scalars + sizes.hidden  # layer 1's output
         self.values = self.rows * sizes.heads * sizes.value_channels
         self.points = sizes.resolution**2
+        # Of an atom, so of 20 edges: all coefficients and channels, and the grid MLP's.
+        self.atom = self.coefficients * sizes.channels
+        self.hidden = self.coefficients * sizes.ffn_hidden
+        self.hidden_points = self.points * sizes.ffn_hidden
 
     @cached_property
     def radial_flop(self) -> float:
         hidden = RADIAL_HIDDEN
         return 2 * hidden * (GAUSSIANS + hidden + self.radial)
+
+    @cached_property
+    def degrees_flop(self) -> float:
+        """Of the edge-degree embedding's radial function."""
+        hidden = RADIAL_HIDDEN
+        return 2 * hidden * (GAUSSIANS + hidden + self.degrees)
 
     def so2_flop(self, width_in: int, width_out: int, extra: int, products: int) -> float:
         """Of an SO(2) layer: one product for m = 0, ``products`` for each other order."""
@@ -87,6 +100,28 @@ class _Counts:
         for m in range(1, edge.mmax + 1):
             flop += products * 2.0 * edge.num_degrees(m) ** 2 * width_in * width_out
         return flop
+
+    def grid_mlp_flop(self, layers: int) -> float:
+        """Of an atom's feed-forward network: to the grid and back, and layers on its channels."""
+        return 2.0 * self.hidden_points * (2 * self.coefficients + layers * self.sizes.ffn_hidden)
+
+    @cached_property
+    def so3_flop(self) -> float:
+        """Of the projection behind the attention and the outer layers of the feed-forward."""
+        sizes = self.sizes
+        widths = sizes.heads * sizes.value_channels + 2 * sizes.ffn_hidden
+        return 2.0 * self.atom * widths
+
+    @cached_property
+    def so3_floats(self) -> float:
+        """What these three layers read and write."""
+        values = self.coefficients * self.sizes.heads * self.sizes.value_channels
+        return values + 3 * self.atom + 2 * self.hidden
+
+    @cached_property
+    def degrees(self) -> float:
+        """Of an edge: what the edge-degree embedding's radial function gives."""
+        return (self.sizes.lmax + 1) * self.sizes.channels
 
     def so2_passes(self, x: int, y: int) -> float:
         """Floats of a layer with three products: orders m > 0 are read and written more often."""
@@ -127,7 +162,14 @@ def ours(sizes: Sizes, *, tensor_cores: bool) -> list[Stage]:
             so2_floats(n.message, n.first),
         ),
         Stage("logits, softmax (Triton)", 0, 12.0 * n.scalars, n.scalars + 4 * heads, n.scalars),
-        Stage("S2 activation (Triton)", to_grid, 0, 2 * n.features + hidden, n.points * hidden),
+        Stage(
+            "S2 activation (Triton)",
+            to_grid,
+            0,
+            2 * n.features + hidden,
+            n.points * hidden,
+            in_parts=True,
+        ),
         Stage(
             "SO(2) layer 2",
             n.so2_flop(hidden, values, 0, products),
@@ -139,6 +181,55 @@ def ours(sizes: Sizes, *, tensor_cores: bool) -> list[Stage]:
             0,
             2.0 * sizes.entries * values,
             n.values + sizes.entries + heads + n.coefficients * values / NEIGHBORS,
+        ),
+        *_nodes(
+            n,
+            norms=("norms (Triton)", 4 * n.atom),
+            layers=("SO(3) layers, sums", n.so3_floats + 6 * n.atom),
+            mlp=("grid MLP (Triton)", 1, 2 * n.hidden),
+        ),
+        Stage(
+            "edge-degree embedding (Triton), a share",
+            n.degrees_flop / sizes.blocks,
+            2.0 * (sizes.lmax + 1) ** 2 * sizes.channels / sizes.blocks,
+            (
+                2 * GAUSSIANS
+                + 10 * RADIAL_HIDDEN
+                + 2 * n.degrees
+                + sizes.entries
+                + n.atom / NEIGHBORS
+            )
+            / sizes.blocks,
+        ),
+    ]
+
+
+def _nodes(
+    n: _Counts,
+    *,
+    norms: tuple[str, float],
+    layers: tuple[str, float],
+    mlp: tuple[str, int, float],
+) -> list[Stage]:
+    """What atoms take, shared among their edges.
+
+    Args:
+        n: counts.
+        norms: name, and floats of the block's two.
+        layers: name, and floats of the SO(3) layers and of the sums with what went in.
+        mlp: name, layers on the grid, and floats.
+    """
+    name, hidden_layers, floats = mlp
+    return [
+        Stage(norms[0], 0, 16.0 * n.atom / NEIGHBORS, norms[1] / NEIGHBORS),
+        Stage(layers[0], n.so3_flop / NEIGHBORS, 2.0 * n.atom / NEIGHBORS, layers[1] / NEIGHBORS),
+        Stage(
+            name,
+            n.grid_mlp_flop(hidden_layers) / NEIGHBORS,
+            0,
+            floats / NEIGHBORS,
+            2 * n.hidden_points / NEIGHBORS,
+            in_parts=hidden_layers == 1,
         ),
     ]
 
@@ -181,7 +272,93 @@ def stock(sizes: Sizes) -> list[Stage]:
         Stage("weight by attention", 0, n.values, 2 * n.values),
         Stage("rescale rotations, turn", 2.0 * dense * values, 0, 5 * dense + n.values + back),
         Stage("sum", 0, back, 2 * back + back / NEIGHBORS),
+        # Each norm squares, averages, scales twice and joins; each SO(3) layer spreads its weights.
+        # The grid is written by every step of the perceptron, three layers and two SiLUs.
+        *_nodes(
+            n,
+            norms=("norms", 20 * n.atom),
+            layers=("SO(3) layers, sums", n.so3_floats + 6 * n.atom),
+            mlp=("grid MLP", 3, 2 * n.hidden + 12 * n.hidden_points),
+        ),
+        Stage(
+            "edge-degree embedding, a share",
+            (n.degrees_flop + 2.0 * dense * sizes.channels) / sizes.blocks,
+            0,
+            (
+                3 * (GAUSSIANS + width)
+                + 12 * RADIAL_HIDDEN
+                + 2 * n.degrees
+                + 4 * n.rows * sizes.channels
+                + 5 * dense
+                + 4 * n.atom
+            )
+            / sizes.blocks,
+        ),
     ]
+
+
+def so2_table(sizes: Sizes) -> Table:
+    """SO(2) layers by four products (one matrix per order) and by three: least ns of an edge."""
+    result = Table(
+        title=f"{sizes.name}: SO(2) layers by four products | by three: least ns of one edge",
+        caption="A bound, not measured.",
+    )
+    result.add_column("layer, products in")
+    for card in CARDS:
+        result.add_column(card.name, justify="right")
+    for name, widths in so2_layers(sizes).items():
+        for kind in ("fp32", "TF32", "bf16"):
+            figures = []
+            for card in CARDS:
+                if kind == "TF32" and card.matrix == card.vector:
+                    figures.append("")
+                    continue
+                four, three = (so2_seconds(sizes, *widths, n, card, kind) for n in (4, 3))
+                figures.append(f"{1e9 * four:.1f} | {1e9 * three:.1f}")
+            result.add_row(f"{name}, {kind}", *figures)
+    return result
+
+
+def so2_layers(sizes: Sizes) -> dict[str, tuple[int, int, int]]:
+    """Channels in and out, and scalars beside them, of the block's two SO(2) layers."""
+    extra = sizes.heads * sizes.alpha_channels + sizes.hidden
+    values = sizes.heads * sizes.value_channels
+    return {
+        "layer 1": (2 * sizes.channels, sizes.hidden, extra),
+        "layer 2": (sizes.hidden, values, 0),
+    }
+
+
+def so2_seconds(
+    sizes: Sizes, width_in: int, width_out: int, extra: int, products: int, card: Card, kind: str
+) -> float:
+    """Least time of an SO(2) layer by three or four products.
+
+    Four are one product per order: each number is read or written once, while the arithmetic goes
+    on. Three need passes of their own: a sum of the inputs and a copy of the results, and products
+    that add to what is there.
+
+    Args:
+        sizes: of the model.
+        width_in: channels.
+        width_out: channels.
+        extra: scalars beside them.
+        products: 3 or 4.
+        card: GPU.
+        kind: "fp32", "TF32" or "bf16".
+    """
+    counts, edge = _Counts(sizes), sizes.layout
+    rate = {"fp32": card.vector, "TF32": card.matrix, "bf16": card.low}[kind]
+    size = 2 if kind == "bf16" else FLOAT
+    x, y = edge.num_rows * width_in, edge.num_rows * width_out + extra
+    beyond = edge.num_rows - edge.num_degrees(0)  # rows of orders m > 0
+    again, passes = 0, 0
+    if products == 3:
+        again = beyond * (width_in / 2 + width_out)  # the sum is read, results are added to
+        passes = beyond * (1.5 * width_in + width_out)  # the sum is made, a half is copied
+    flop = counts.so2_flop(width_in, width_out, extra, products)
+    made = max(flop / rate, (x + y + again) * size / card.bandwidth)
+    return made + passes * size / card.bandwidth
 
 
 def table(sizes: Sizes) -> Table:

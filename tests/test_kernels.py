@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks import time_model
+from benchmarks import kernels, time_model
 from benchmarks.sizes import SIZES
 
 # In a process of its own, since Triton in this one has only its interpreter.
@@ -23,6 +23,7 @@ for launch in kernels.launches(kernels.SIZES[size], int(capability)):
     if not names or launch.name in names:
         made = asdict(kernels.compile_for(launch, int(capability)))
         made["limit"] = kernels.SHARED_LIMIT[int(capability)]
+        made["narrow"] = kernels.narrow_addresses(launch) if capability == "80" else []
         found.setdefault(launch.name, []).append(made)
 print(json.dumps(found))
 """
@@ -44,11 +45,16 @@ def assert_fit(found):
             assert made["shared"] <= made["limit"], (
                 f"{name}: {made['shared']} bytes of shared memory"
             )
-            assert bool(made["products"]) == name.startswith("s2_"), f"{name}: {made['products']}"
+            assert not made["narrow"], f"{name}: {made['narrow']} overflow beyond 2^31"
+            makes_products = name.startswith(("s2_", "grid_mlp_"))
+            assert bool(made["products"]) == makes_products, f"{name}: {made['products']}"
 
 
 def test_kernels_fit_the_card():
-    names = ("message_forward", "aggregate_backward", "s2_forward bfloat16")
+    names = (
+        *("message_forward", "aggregate_backward", "s2_forward bfloat16"),
+        *("norm_backward", "gate_backward", "grid_mlp_backward tf32"),
+    )
     found = compiled("31M", 80, *names)
     assert set(found) == set(names)
     assert_fit(found)
@@ -59,8 +65,38 @@ def test_kernels_fit_the_card():
 @pytest.mark.parametrize("size", SIZES)
 def test_all_kernels_fit_every_card(size, capability):
     found = compiled(size, capability)
-    assert len(found) == (9 if capability < 80 else 15)
+    assert len(found) == (15 if capability < 80 else 30)
     assert_fit(found)
+    if capability == 90:  # the instructions that reach Hopper's rate, where M allows
+        for name, launches in found.items():
+            if name.startswith("grid_mlp_") and not name.endswith("tf32x3"):
+                assert launches[0]["products"] == ["wgmma.mma_async"], name
+
+
+@pytest.mark.parametrize(
+    ("use", "seen"),
+    [
+        ("%2 = arith.muli %program, %1 : i32", True),
+        ("%2 = arith.extsi %program : i32 to i64 loc(#loc)", False),
+        ("%2 = arith.muli %program_1, %1 : i64", False),
+    ],
+)
+def test_a_narrow_use_of_a_program_is_seen(use, seen):
+    found = kernels.narrow_programs("%program = tt.get_program_id x : i32 loc(#loc)\n" + use)
+    assert bool(found) == seen
+
+
+def test_a_pointer_with_a_narrow_offset_is_seen():
+    text = """
+    tt.func public @k(%arg0: !tt.ptr<f32>, %arg1: !tt.ptr<f32>) {
+    %5 = tt.splat %arg0 : !tt.ptr<f32> -> tensor<4x!tt.ptr<f32>>
+    %6 = tt.addptr %5, %4 : tensor<4x!tt.ptr<f32>>, tensor<4xi32>
+    %7 = tt.load %6 : tensor<4x!tt.ptr<f32>>
+    %8 = tt.addptr %arg1, %3 : !tt.ptr<f32>, i64
+    %9 = tt.addptr %8, %2 : !tt.ptr<f32>, i32
+    tt.store %9, %7 : !tt.ptr<f32>
+    """
+    assert kernels.narrow_pointers(text, {"%arg0", "%arg1"}) == ["%arg0 by %6"]
 
 
 @pytest.mark.parametrize("size", SIZES)

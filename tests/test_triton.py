@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 from fairchem_equiformer.graph.edges import prepare_edges
+from fairchem_equiformer.nn.norm import NORMS
+from fairchem_equiformer.ops import triton as triton_kernels
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
 from fairchem_equiformer.ops.attention_softmax import (
     attention_logits,
@@ -23,10 +25,15 @@ from fairchem_equiformer.ops.attention_softmax import (
     attention_softmax_backward,
 )
 from fairchem_equiformer.ops.choice import VARIABLE
-from fairchem_equiformer.ops.edges import chunk_frames
+from fairchem_equiformer.ops.edges import chunk_frames, truncation_rescale
+from fairchem_equiformer.ops.gate import gate_activation
+from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.message import message, message_backward
+from fairchem_equiformer.ops.rotate import rotate_back_and_sum
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
+from fairchem_equiformer.ops.triton import grid_mlp as grid_mlp_module
 from fairchem_equiformer.ops.triton import loader
+from fairchem_equiformer.ops.triton import norm as norm_module
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import layout
 from tests.test_ops import CASES, HEADS, attend, features, gradients, make_graph
@@ -211,6 +218,77 @@ def test_s2_activation(sizes, resolution, kind, wanted, items):
         return separable_s2_activation(rows, gates, sphere)
 
     by_kernels_and_exactly(both, torch.randn(items, 7 + sizes.num_rows * 5), torch.randn(items, 5))
+
+
+@pytest.mark.parametrize("atoms", [0, 1, 3])
+@pytest.mark.parametrize(("sizes", "resolution"), [(layout(1, 1), None), (layout(3, 3), 8)])
+@pytest.mark.parametrize(("wanted", "channels"), [("all", 5), ("others", 20), ("scalars", 16)])
+def test_grid_mlp(sizes, resolution, wanted, channels, atoms, monkeypatch):
+    monkeypatch.setattr(grid_mlp_module, "SPLITS", 2)  # fewer than atoms
+    monkeypatch.setattr(grid_mlp_module, "CHANNELS", 32)  # 20 take two blocks of 16
+
+    @differentiated
+    def both(x, weight):  # other columns stand before
+        sphere = grid(sizes, resolution, x.dtype, DEVICE, l_major=True, wanted=wanted)
+        rows = x[:, 3:].unflatten(1, (sizes.num_coefficients, channels))
+        return grid_mlp(rows, weight.t(), sphere)
+
+    x = torch.randn(atoms, 3 + sizes.num_coefficients * channels)
+    by_kernels_and_exactly(both, x, torch.randn(channels, channels) / channels**0.5)
+
+
+@pytest.mark.parametrize("l_major", [False, True])
+@pytest.mark.parametrize(("items", "channels"), [(0, 4), (1, 3), (9, 8), (3, 130)])
+def test_gates(items, channels, l_major):
+    sizes = layout(3, 3 if l_major else 1)
+    rows = sizes.l_major if l_major else sizes.m_major
+
+    @differentiated
+    def both(x):  # side by side, as the first SO(2) layer gives them
+        gates, features = x.split([3 * channels, len(rows) * channels], dim=1)
+        return gate_activation(features.unflatten(1, (len(rows), channels)), gates, rows)
+
+    by_kernels_and_exactly(both, torch.randn(items, (3 + len(rows)) * channels))
+
+
+@pytest.mark.parametrize("atoms", [0, 1, 5])
+@pytest.mark.parametrize(("lmax", "channels"), [(1, 5), (2, 8), (3, 3)])
+def test_norm(lmax, channels, atoms, monkeypatch):
+    monkeypatch.setattr(norm_module, "PROGRAMS", 2)  # fewer than atoms
+
+    def both(x, *parameters):
+        norm = NORMS["layer_norm_sh"](lmax, channels).to(x.device, x.dtype)
+        for parameter, value in zip(norm.parameters(), parameters, strict=True):
+            parameter.data = value
+        x = x.clone().requires_grad_()
+        value = norm(x.transpose(0, 1))
+        flow = torch.linspace(-1, 2, value.numel(), device=DEVICE).view(value.shape)
+        wanted = [x, *norm.parameters()]
+        x_grad, *others = torch.autograd.grad(value, wanted, flow.to(value))
+        return value.detach(), x_grad.transpose(0, 1), *others
+
+    x = torch.randn((lmax + 1) ** 2, atoms, channels)
+    parameters = [torch.randn_like(p) for p in NORMS["layer_norm_sh"](lmax, channels).parameters()]
+    by_kernels_and_exactly(both, x, *parameters)
+
+
+@pytest.mark.parametrize("degrees", [DEGREES, [0, 0]], ids=str)
+@each_size
+def test_edge_degree_embedding(sizes, degrees):
+    frames = frames_of(degrees, sizes, max_edges=7 if any(degrees) else 100)
+
+    @differentiated
+    def both(messages):
+        turned = in_dtype(frames, messages.dtype)
+        ends = turned.compact, turned.target, turned.target_ptr, sizes
+        found = triton_kernels.sum_over_edges(messages, *ends)
+        if found is None:
+            rescale = truncation_rescale(sizes, messages.dtype, DEVICE)
+            rotation = turned.rotation[:, : sizes.num_degrees(0)]
+            found = rotate_back_and_sum(messages, turned, rescale, rotation)
+        return found
+
+    by_kernels_and_exactly(both, torch.randn(len(frames.source), sizes.num_degrees(0), 6))
 
 
 @pytest.mark.parametrize("name", ["separable s2", "gate", "s2"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops import triton
 from fairchem_equiformer.ops.segments import take
 from fairchem_equiformer.so3.layout import degree_slices, layout
 
@@ -109,6 +110,12 @@ class SeparableLayerNorm(_Norm):
         super().__init__(lmax, channels)
         self.norm_l0 = nn.LayerNorm(channels, eps=_EPSILON)
         self.affine_weight = nn.Parameter(torch.ones(lmax, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """By Triton's kernels where they run."""
+        parameters = self.norm_l0.weight, self.norm_l0.bias, self.affine_weight
+        by_kernels = triton.separable_layer_norm(x.to(parameters[0].dtype), *parameters, _EPSILON)
+        return super().forward(x) if by_kernels is None else by_kernels
 
     def normalize(self, x: Tensor) -> Tensor:
         """As the class says."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops import triton
 from fairchem_equiformer.ops.edges import Edges, chunk_frames, truncation_rescale
 from fairchem_equiformer.ops.radial import (
     Basis,
@@ -31,6 +32,11 @@ def _embed(edges: Edges, chunk: Chunk, basis: Basis, tables: RadialTables) -> Te
     num_degrees = edges.layout.num_degrees(0)
     radial = radial_function(edges.scalars.select(chunk.edges), tables, basis)
     messages = radial.view(len(radial), num_degrees, radial.shape[1] // num_degrees)
+    by_kernels = triton.sum_over_edges(
+        messages, frames.compact, frames.target, frames.target_ptr, frames.layout
+    )
+    if by_kernels is not None:
+        return by_kernels
     rescale = truncation_rescale(edges.layout, messages.dtype, messages.device)
     return rotate_back_and_sum(messages, frames, rescale, frames.rotation[:, :num_degrees])  # m = 0
 

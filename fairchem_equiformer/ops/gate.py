@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairchem_equiformer.ops import triton
 from fairchem_equiformer.ops.segments import take
 
 Rows = tuple[tuple[int, int], ...]
@@ -31,6 +32,9 @@ def gate_activation(x: Tensor, gates: Tensor, rows: Rows) -> Tensor:
     Returns:
         [B, R, C].
     """
+    by_kernels = triton.gate_activation(x, gates, rows)
+    if by_kernels is not None:
+        return by_kernels
     factors = torch.sigmoid(gates).unflatten(1, (-1, x.shape[2]))
     factors = take(factors, 1, _gate_of_row(rows, x.device))
     return torch.cat([F.silu(x[:, :1]), x[:, 1:] * factors], dim=1)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops import triton
 from fairchem_equiformer.ops.native import grid_kernels
 from fairchem_equiformer.ops.s2_activation import grid_pieces, project
 from fairchem_equiformer.so3.grid import Grid
@@ -24,9 +25,11 @@ from fairchem_equiformer.so3.grid import Grid
 class _GridMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
-        kernels = grid_kernels(grid, x)
-        ctx.grid, ctx.kernels = grid, kernels
+        on_gpu, kernels = triton.grid_mlp_kernels(grid, x, weight), grid_kernels(grid, x)
+        ctx.grid, ctx.kernels, ctx.on_gpu = grid, kernels, on_gpu
         ctx.save_for_backward(x, weight)
+        if on_gpu is not None:
+            return on_gpu.forward(x, weight)
         y = x.new_empty(len(x), grid.from_grid.shape[1], len(weight))
         for piece in _pieces(x, grid):
             if kernels is not None:
@@ -41,6 +44,8 @@ class _GridMLP(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (x, weight), grid, kernels = ctx.saved_tensors, ctx.grid, ctx.kernels
+        if ctx.on_gpu is not None:
+            return *ctx.on_gpu.backward(x, weight, grad), None
         x_grad = torch.empty_like(x)
         weight_grad = torch.zeros_like(weight)
         silu_backward = torch.ops.aten.silu_backward

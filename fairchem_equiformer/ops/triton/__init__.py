@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fairchem_equiformer.ops.triton.loader import usable
 from fairchem_equiformer.so3.grid import Grid
-from fairchem_equiformer.so3.layout import Layout
+from fairchem_equiformer.so3.layout import Layout, layout
 
 if TYPE_CHECKING:
     from fairchem_equiformer.ops.triton.aggregate import AggregateKernels
     from fairchem_equiformer.ops.triton.attention import LogitKernels, SoftmaxKernels
     from fairchem_equiformer.ops.triton.grid import GridKernels
+    from fairchem_equiformer.ops.triton.grid_mlp import GridMLPKernels
     from fairchem_equiformer.ops.triton.message import MessageKernels
 
 # Each imports its kernels when they are first needed, and Triton with them.
@@ -74,3 +75,65 @@ def grid_kernels(grid: Grid, x: Tensor) -> GridKernels | None:
     from fairchem_equiformer.ops.triton.grid import GridKernels
 
     return GridKernels(grid)
+
+
+def grid_mlp_kernels(grid: Grid, x: Tensor, weight: Tensor) -> GridMLPKernels | None:
+    """Kernels for such a grid, such an x [N, R, C] and weight [C, C]."""
+    if not usable("grid MLP", x, weight, grid.to_grid, least=8):  # as above
+        return None
+    from fairchem_equiformer.ops.triton.grid_mlp import GridMLPKernels
+
+    return GridMLPKernels(grid)
+
+
+def separable_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, affine: Tensor, epsilon: float
+) -> Tensor | None:
+    """The norm of x [N, (lmax + 1)^2, C], differentiable; None where PyTorch has to run.
+
+    Args:
+        x: features.
+        weight: [C], of l = 0.
+        bias: [C].
+        affine: [lmax, C], weights of l > 0.
+        epsilon: is added to mean squares.
+    """
+    if not usable("norms", x, weight, bias, affine):
+        return None
+    from fairchem_equiformer.ops.triton import norm
+
+    return norm.separable_layer_norm(
+        norm.NormKernels(len(affine), epsilon), x, weight, bias, affine
+    )
+
+
+def gate_activation(x: Tensor, gates: Tensor, rows: tuple[tuple[int, int], ...]) -> Tensor | None:
+    """As in ops/gate.py, differentiable; None where PyTorch has to run."""
+    if not usable("gates", x, gates):
+        return None
+    from fairchem_equiformer.ops.triton import gate
+
+    return gate.gate(gate.GateKernels(rows), x, gates)
+
+
+def sum_over_edges(
+    messages: Tensor, rotations: Tensor, target: Tensor, pointers: Tensor, edge_layout: Layout
+) -> Tensor | None:
+    """Sum of messages of order 0, turned back, differentiable; None where PyTorch has to run.
+
+    Args:
+        messages: [e, degrees, C].
+        rotations: [e, entries], compact.
+        target: [e], atom in the chunk.
+        pointers: [n + 1], where the edges of each target begin.
+        edge_layout: of the rotations.
+
+    Returns:
+        [n, K, C].
+    """
+    if not usable("edge-degree embedding", messages, rotations):
+        return None
+    from fairchem_equiformer.ops.triton import aggregate
+
+    kernels = aggregate.AggregateKernels(edge_layout, layout(edge_layout.lmax, 0))
+    return aggregate.sum_over_edges(kernels, rotations, target, pointers, messages)

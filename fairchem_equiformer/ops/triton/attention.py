@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairchem_equiformer.ops.triton.launch import launch
+from fairchem_equiformer.ops.triton.launch import items_contiguous, launch
 
 _BLOCK_EDGES = 32
 
@@ -224,7 +224,7 @@ class LogitKernels:
 
     def forward(self, scalars: Tensor, norm: Norm, dot: Tensor) -> Tensor:
         """Logits [E, heads]; the norm is weight and bias [A], dot is a [heads, A]."""
-        scalars = _heads_contiguous(scalars)
+        scalars = items_contiguous(scalars)
         out = scalars.new_empty(scalars.shape[:2])
         self._call(logits_forward, (out,), scalars, norm, dot)
         return out
@@ -233,7 +233,7 @@ class LogitKernels:
         self, scalars: Tensor, norm: Norm, dot: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of the scalars, of weight and bias of the norm [A], and of a [heads, A]."""
-        scalars = _heads_contiguous(scalars)
+        scalars = items_contiguous(scalars)
         edges, heads, channels = scalars.shape
         scalars_grad = scalars.new_empty(scalars.shape)
         programs = triton.cdiv(edges, logit_blocks(channels)["BLOCK_E"])
@@ -242,12 +242,6 @@ class LogitKernels:
         self._call(logits_backward, made, scalars, norm, dot)
         totals = sums.sum(0).to(dot.dtype)
         return scalars_grad, totals[:, 0].sum(0), totals[:, 1].sum(0), totals[:, 2]
-
-
-def _heads_contiguous(scalars: Tensor) -> Tensor:
-    """[E, heads, A] whose items are dense; they may lie apart."""
-    dense = scalars.stride()[1:] == (scalars.shape[2], 1)
-    return scalars if dense else scalars.contiguous()
 
 
 class SoftmaxKernels:

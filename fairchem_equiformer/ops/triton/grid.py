@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fairchem_equiformer.ops.triton.functions import silu_slope
-from fairchem_equiformer.ops.triton.launch import launch
+from fairchem_equiformer.ops.triton.launch import items_contiguous, launch
 from fairchem_equiformer.so3.grid import Grid
 
 BLOCK_P = 32  # points at a time
@@ -134,7 +134,7 @@ def s2_backward(
 
 
 @dataclass(frozen=True)
-class _Filled:
+class Filled:
     """Matrices of a grid, filled up with zeros."""
 
     to_grid: Tensor  # [points, BLOCK_R]
@@ -142,17 +142,18 @@ class _Filled:
 
 
 @cache
-def _filled(grid: Grid) -> _Filled:
-    points = triton.cdiv(len(grid.to_grid), BLOCK_P) * BLOCK_P
+def filled(grid: Grid, block_p: int, least: int) -> Filled:
+    """The matrices with as many points as whole blocks have, and a power of two of columns."""
+    points = triton.cdiv(len(grid.to_grid), block_p) * block_p
 
     def fill(matrix: Tensor) -> Tensor:
-        width = max(_LEAST, triton.next_power_of_2(matrix.shape[1]))
+        width = max(least, triton.next_power_of_2(matrix.shape[1]))
         filled = matrix.new_zeros(points, width)
         filled[: len(matrix), : matrix.shape[1]] = matrix
         return filled
 
     with torch.inference_mode(mode=False):  # they outlive the mode that they are made in
-        return _Filled(fill(grid.to_grid), fill(grid.from_grid))
+        return Filled(fill(grid.to_grid), fill(grid.from_grid))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -195,37 +196,32 @@ class GridKernels:
     def _call(
         self, kernel: object, tensors: tuple[Tensor, ...], x: Tensor, strides: tuple[int, ...]
     ) -> None:
-        filled = _filled(self.grid)
         items, num_in, channels = x.shape
         num_out = self.grid.from_grid.shape[1]
         kind = precision(x.dtype)
         narrow = kernel is s2_backward and kind == "tf32x3"
         block = s2_blocks(num_in, num_out, narrow=narrow)
         columns = items * channels
+        matrices = filled(self.grid, BLOCK_P, _LEAST)
         launch(
             kernel,
             (triton.cdiv(columns, block["BLOCK_N"]),),
-            *(*tensors, filled.to_grid, filled.from_grid),
+            *(*tensors, matrices.to_grid, matrices.from_grid),
             *(columns, channels, num_in, num_out, *strides),
-            POINTS=len(filled.to_grid),
+            POINTS=len(matrices.to_grid),
             PRECISION=kind,
             **block,
         )
 
     def activation(self, x: Tensor, y: Tensor) -> None:
         """Write G^-1 SiLU(G x) to y [B, S, C], whose items are dense."""
-        x = _rows_contiguous(x)
-        assert _rows_contiguous(y) is y  # noqa: S101
+        x = items_contiguous(x)
+        assert items_contiguous(y) is y  # noqa: S101
         self._call(s2_forward, (y, x), x, (x.stride(0), y.stride(0)))
 
     def activation_backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of :meth:`activation`: [B, R, C]."""
-        x, grad = _rows_contiguous(x), _rows_contiguous(grad)
+        x, grad = items_contiguous(x), items_contiguous(grad)
         x_grad = x.new_empty(x.shape)
         self._call(s2_backward, (x_grad, x, grad), x, (x.stride(0), grad.stride(0)))
         return x_grad
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """[B, R, C] whose items are dense; they may lie apart."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

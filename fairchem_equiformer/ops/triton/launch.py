@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -19,3 +20,8 @@ def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **options: A
     if all(programs):
         with torch.cuda.device_of(arguments[0]):
             kernel[programs](*arguments, **options)
+
+
+def items_contiguous(x: Tensor) -> Tensor:
+    """A tensor whose items, along the first dimension, are dense; they may lie apart."""
+    return x if x[:1].is_contiguous() else x.contiguous()

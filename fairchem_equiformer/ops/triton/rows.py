@@ -24,7 +24,7 @@ class Rows:
     weight: Tensor  # [R], its radial weight
     fresh: Tensor  # [R], 1 where a radial weight comes for the first time
     of_degree: Tensor  # [degrees + 1], where each degree's rows begin
-    rescale: Tensor  # [degrees] float32, for the orders left out
+    rescale: Tensor  # [degrees] float32, for the orders that the edges leave out
     layout: Layout
     num_entries: int
     num_weights: int
@@ -53,7 +53,7 @@ def rows_of(
     degrees = [degree for degree, *_ in table]
     weights = [weight for _, weight, *_ in table]
     starts = [degrees.index(degree) for degree in range(layout.lmin, layout.lmax + 1)]
-    rescale = dict(zip(layout.l_major, layout.truncation_rescale, strict=True))
+    rescale = dict(zip(edge_layout.l_major, edge_layout.truncation_rescale, strict=True))
 
     def on_device(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
