@@ -38,7 +38,7 @@ CONFIG = ROOT / "configs" / "md17" / "lmax_2" / "ethanol.yml"
 KELVIN = 300.0
 # The architecture of the config, at a size that trains in minutes on two cores.
 OPTIONS = (
-    "--model.num_layers=2",
+    "--model.num_layers=1",
     "--model.irreps_node_embedding=32x0e+16x1e+8x2e",
     "--model.irreps_head=8x0e+4x1e+2x2e",
     "--model.irreps_mlp_mid=64x0e+32x1e+16x2e",
@@ -184,7 +184,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=10_000, help="of each run")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="in fs")
-    parser.add_argument("--epochs", type=int, default=40, help="of each training")
+    parser.add_argument("--epochs", type=int, default=30, help="of each training")
     parser.add_argument("--out", type=Path, help="keep data, checkpoints and logs in this folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fairchem_equiformer import EquiformerCalculator, checkpoints
 from fairchem_equiformer.checkpoints.__main__ import description
 from fairchem_equiformer.fairchem1 import cli
 from fairchem_equiformer.fairchem1.data import md17
+from tests.conftest import write_lmdb
 from tests.test_configs import CONFIGS, trainable_parameters
 
 FORMAT = "fairchem_equiformer.MD17Dataset"
@@ -399,6 +401,35 @@ class TestTraining:
         np.testing.assert_allclose(single, atoms.get_forces(), atol=1e-4)
         gradient = calculate_numerical_forces(atoms, eps=1e-5)
         np.testing.assert_allclose(atoms.get_forces(), gradient, rtol=0, atol=1e-6)
+
+    @pytest.mark.filterwarnings("ignore:Please use atoms.calc = calc:FutureWarning")
+    def test_relaxation_follows_the_gradient(self, trained, fairchem, dataset, tmp_path):
+        """In fairchem's batches; its LBFGS moves the atoms in place."""
+        entries = [entry.update({"sid": index}) for index, entry in enumerate(dataset("test"))]
+        for entry in entries[:2]:
+            entry.cell, entry.tags = 20 * torch.eye(3)[None], torch.ones(entry.natoms)
+            entry.pos += 10  # frames are written with atoms in the cell
+        write_lmdb(tmp_path / "data.lmdb", entries[:2])
+        options = {"maxstep": 0.04, "memory": 50, "damping": 1.0, "alpha": 70.0}
+        fairchem(
+            "run-relaxations",
+            f"--dataset.relax.src={tmp_path / 'data.lmdb'}",
+            "--dataset.relax.format=lmdb",
+            "--dataset.relax.use_train_settings=False",
+            f"--task.relax_opt.traj_dir={tmp_path / 'relaxed'}",
+            *(f"--task.relax_opt.{key}={value}" for key, value in options.items()),
+            "--task.relaxation_steps=4",
+            "--task.relaxation_fmax=0.01",
+        )
+        calculator = EquiformerCalculator(trained, device="cpu")
+        for index in range(2):
+            frames = ase.io.read(tmp_path / "relaxed" / f"{index}.traj", ":")
+            energies = [frame.get_potential_energy() for frame in frames]
+            assert len(frames) == 5
+            assert energies[-1] < energies[0]
+            alone = frames[-1].copy()
+            alone.calc = calculator
+            np.testing.assert_allclose(frames[-1].get_forces(), alone.get_forces(), atol=1e-4)
 
     def test_checkpoint_says_what_it_is(self, trained):
         text = "\n".join(description(checkpoints.load(trained)))
