@@ -146,6 +146,17 @@ def test_energy_alone(changed):
         atoms.get_forces()
 
 
+def test_equiformer_is_refused(tmp_path):
+    """It is read, but 2.x has no class of it."""
+    keys = {"num_layers": 1, "irreps_node_embedding": "8x0e+4x1e", "irreps_head": "4x0e+2x1e"}
+    weights = models.Equiformer(**keys).state_dict()
+    config = {"model": {"name": "fairchem_equiformer.Equiformer", **keys}}
+    torch.save({"state_dict": weights, "config": config}, tmp_path / "v1.pt")
+    assert checkpoints.load(tmp_path / "v1.pt").form == "flat"
+    with pytest.raises(InputError, match=r"v1\.pt holds Equiformer \(V1\), and fairchem-core 2"):
+        convert(tmp_path / "v1.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
