@@ -87,9 +87,9 @@ class E3nnEquiformer(Equiformer):
         scalars = embedding.scalars.weight[0] + embedding.scalars.bias
         ones = F.pad(scalars, (0, paths.irreps_in.dim - len(scalars)))
         weights = embedding.product.radial.net(edges.basis)
-        product = _product(paths, shared=False)
+        product = product_module(paths, shared=False)
         messages = product(ones.expand(len(edges.source), -1), edges.harmonics, weights)
-        x = _sum(_linear(embedding.linear, messages), edges) / embedding.divisor
+        x = _sum(linear(embedding.linear, messages), edges) / embedding.divisor
         one_hots = [(self.atom_embedding, elements)]
         if self.tag_embedding is not None:
             one_hots.append((self.tag_embedding, tags))
@@ -101,15 +101,15 @@ class E3nnEquiformer(Equiformer):
 
 def _block(block: IrrepsBlock, x: Tensor, edges: Edges) -> Tensor:
     x = x + _attention(block.ga, _norm(block.norm_1, x), edges)
-    hidden = _linear(block.ffn.linear_1, _norm(block.norm_2, x))
-    branch = _linear(block.ffn.linear_2, _gated(block.ffn.gate, hidden))
-    return branch + (x if block.shortcut is None else _linear(block.shortcut, x))
+    hidden = linear(block.ffn.linear_1, _norm(block.norm_2, x))
+    branch = linear(block.ffn.linear_2, _gated(block.ffn.gate, hidden))
+    return branch + (x if block.shortcut is None else linear(block.shortcut, x))
 
 
 def _attention(ga: GraphAttention, x: Tensor, edges: Edges) -> Tensor:
-    sent = _linear(ga.source, x)[edges.source] + _linear(ga.target, x)[edges.target]
+    sent = linear(ga.source, x)[edges.source] + linear(ga.target, x)[edges.target]
     weights = ga.product.radial.net(edges.basis)
-    message = _product(ga.product.paths, shared=False)(sent, edges.harmonics, weights)
+    message = product_module(ga.product.paths, shared=False)(sent, edges.harmonics, weights)
     values_of = {
         "NonLinearMessage": _nonlinear_message,
         "LinearMessage": _linear_message,
@@ -125,24 +125,24 @@ def _attention(ga: GraphAttention, x: Tensor, edges: Edges) -> Tensor:
         (part.unflatten(1, (ga.num_heads, -1)) * alpha[:, :, None, None]).flatten(1)
         for part in _parts(values, ga.irreps_values)
     ]
-    return _linear(ga.projection, _sum(torch.cat(weighted, dim=1), edges))
+    return linear(ga.projection, _sum(torch.cat(weighted, dim=1), edges))
 
 
 def _nonlinear_message(
     ga: GraphAttention, message: Tensor, edges: Edges, _: Tensor
 ) -> tuple[Tensor, Tensor]:
     made = ga.message
-    logits = _mlp_logits(made.logits.dot, _linear(made.alpha, message))
-    hidden = _gated(made.gate, _linear(made.linear, message))
-    product = _product(made.product.paths, shared=True)
+    logits = _mlp_logits(made.logits.dot, linear(made.alpha, message))
+    hidden = _gated(made.gate, linear(made.linear, message))
+    product = product_module(made.product.paths, shared=True)
     values = product(hidden, edges.harmonics, made.product.weight)
-    return logits, _linear(made.value, values)
+    return logits, linear(made.value, values)
 
 
 def _linear_message(
     ga: GraphAttention, message: Tensor, _: Edges, __: Tensor
 ) -> tuple[Tensor, Tensor]:
-    both = _linear(ga.message.linear, message)
+    both = linear(ga.message.linear, message)
     alpha, values = both.tensor_split([ga.message.num_alpha], dim=1)
     return _mlp_logits(ga.message.logits.dot, alpha), values
 
@@ -151,8 +151,8 @@ def _dot_product_message(
     ga: GraphAttention, message: Tensor, edges: Edges, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     made = ga.message
-    queries = _linear(made.query, x)[edges.target]
-    both = _parts(_linear(made.key_value, message), made.key_value.irreps_out)
+    queries = linear(made.query, x)[edges.target]
+    both = _parts(linear(made.key_value, message), made.key_value.irreps_out)
     keys, values = zip(*(part.chunk(2, dim=1) for part in both), strict=True)
     logits = message.new_zeros(len(message), ga.num_heads)
     for query, key in zip(_parts(queries, made.irreps), keys, strict=True):
@@ -198,8 +198,11 @@ def _sum(x: Tensor, edges: Edges) -> Tensor:
     return x.new_zeros(edges.num_atoms, x.shape[1]).index_add(0, edges.target, x)
 
 
-def _linear(layer: IrrepsLinear, x: Tensor) -> Tensor:
-    """e3nn divides by the root of the inputs' number, which our weights have in them."""
+def linear(layer: IrrepsLinear, x: Tensor) -> Tensor:
+    """Evaluate e3nn's linear layer with the weights of ours.
+
+    It divides by the root of the inputs' number, which our weights have in them.
+    """
     module = _linear_module(layer.irreps_in, layer.irreps_out, bias=layer.bias is not None)
     weights = [
         layer.weight[str(ir)].t().flatten() * math.sqrt(mul)
@@ -218,8 +221,8 @@ def _linear_module(irreps_in: o3.Irreps, irreps_out: o3.Irreps, *, bias: bool) -
 
 
 @cache
-def _product(paths: DepthwisePaths, *, shared: bool) -> o3.TensorProduct:
-    """e3nn's product with an irrep of the result for each path, in the order of ours."""
+def product_module(paths: DepthwisePaths, *, shared: bool) -> o3.TensorProduct:
+    """Return e3nn's product, with an irrep of the result for each path, in the order of ours."""
     order = sorted(paths.paths, key=lambda path: (path.out, path.channel))
     irreps_out = [(paths.irreps_in[p.feature].mul, paths.irreps_out[p.out].ir) for p in order]
     return o3.TensorProduct(

@@ -41,7 +41,7 @@ VARIANTS = {
 @pytest.fixture(autouse=True)
 def _of_this_dtype():
     """e3nn's modules have constants of the default dtype that they were made under."""
-    e3nn_equiformer._product.cache_clear()
+    e3nn_equiformer.product_module.cache_clear()
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())

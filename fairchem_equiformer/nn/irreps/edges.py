@@ -99,10 +99,8 @@ def irreps_edges(
         share: the atoms whose features are computed here, by default all.
     """
     rows = slice(0, graph.num_nodes) if share is None else share.rows
-    pointers = graph.target_ptr[rows.start : rows.stop + 1]
-    kept = slice(0, graph.num_edges)
-    if share is not None:
-        kept = slice(int(pointers[0]), int(pointers[-1]))
+    pointers = graph.target_ptr[rows.start : rows.stop + 1].cpu()  # the host waits for a GPU once
+    kept = slice(int(pointers[0]), int(pointers[-1]))
     return IrrepsEdges(
         source=graph.source[kept],
         target=graph.target[kept] - rows.start,
