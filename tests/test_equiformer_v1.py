@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,19 +11,31 @@ from ase import Atoms
 from e3nn import o3
 from torch import Tensor
 
+from fairchem_equiformer.calculator import EquiformerCalculator
 from fairchem_equiformer.graph.build import build_graph
 from fairchem_equiformer.models import Equiformer
 from fairchem_equiformer.nn.irreps.activation import Gate, normalized_sigmoid, normalized_silu
+from fairchem_equiformer.nn.irreps.edges import envelope
 from fairchem_equiformer.nn.irreps.linear import IrrepsLinear
 from fairchem_equiformer.nn.irreps.norm import IrrepsLayerNorm
 from fairchem_equiformer.nn.irreps.tensor_product import TensorProduct
+from fairchem_equiformer.nn.radial import ExponentialNormalSmearing
+from fairchem_equiformer.ops.edges import NodeShare
 from fairchem_equiformer.so3.harmonics import harmonics
 from fairchem_equiformer.so3.irreps import blocks
 from tests.conformance import Conformance, predict
 from tests.models import random_loss, results, scatter_weights
 from tests.reference_v1 import Reference
-from tests.structures import batch_of, from_atoms, in_double, moved, single_atom, slab
-from tests.tolerances import assert_all_close, assert_close
+from tests.structures import (
+    batch_of,
+    from_atoms,
+    in_double,
+    moved,
+    single_atom,
+    slab,
+    slab_atoms,
+)
+from tests.tolerances import assert_all_close, assert_close, relative_error
 
 # A small model of all parts.
 KEYS: dict[str, Any] = {
@@ -312,7 +323,7 @@ class TestInitialization:
         irreps, sh = o3.Irreps("64x0e+64x1e+64x2e"), o3.Irreps("1x0e+1x1e+1x2e")
         product = TensorProduct(irreps, sh, irreps)
         directions = harmonics(torch.randn(2000, 3), 2)
-        out = product(torch.randn(2000, irreps.dim), SimpleNamespace(harmonics=directions))
+        out = product(torch.randn(2000, irreps.dim), directions)
         for part in blocks(out, product.irreps_out):
             assert part.square().mean().item() == pytest.approx(1, abs=0.25)
 
@@ -348,3 +359,88 @@ class TestKeys:
         other = build(num_layers=1).state_dict()
         with pytest.raises(ValueError, match="num_layers: checkpoint 1, config 2"):
             build().load_state_dict(other)
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+    def test_in_ase(self, tmp_path, dtype):
+        """Derived forces and stress come in units."""
+        keys = {**KEYS, **DERIVED}
+        model = build(**DERIVED)
+        scale = {"energy": {"mean": 1.5, "rmsd": 2.0}}
+        scale |= {name: {"mean": 0.0, "rmsd": 2.0} for name in ("forces", "stress")}
+        levels = {"energy": "system", "forces": "atom", "stress": "system"}
+        config = {
+            "model": {"name": "fairchem_equiformer.Equiformer", **keys},
+            "outputs": {name: {"level": level} for name, level in levels.items()},
+            "dataset": {"transforms": {"normalizer": scale}},
+        }
+        path = tmp_path / "checkpoint.pt"
+        torch.save({"state_dict": model.state_dict(), "config": config}, path)
+        atoms = slab_atoms()
+        atoms.set_tags(0)  # as from_atoms has them
+        atoms.calc = EquiformerCalculator(path, dtype=dtype)
+        expected = predict(model, batch_of(from_atoms(atoms)))
+        close = {"float32": 1e-4, "float64": 1e-4, "bfloat16": 0.1}[dtype]
+        energy = 2 * expected["energy"].item() + 1.5
+        assert atoms.get_potential_energy() == pytest.approx(energy, rel=close)
+        for found, name in (
+            (atoms.get_forces(), "forces"),
+            (atoms.get_stress(voigt=False).reshape(1, 9), "stress"),
+        ):
+            wanted = 2 * expected[name]
+            assert relative_error(torch.from_numpy(found), wanted) < close
+
+    def test_no_forces_of_shares(self, monkeypatch):
+        """Each process would have the derivative of its own atoms alone."""
+        model = build(**DERIVED)
+        monkeypatch.setattr(model, "node_share", lambda _: NodeShare(slice(0, 2), None, None))
+        with pytest.raises(ValueError, match="--gp-gpus"):
+            model(batch_of(slab()))
+
+
+class TestCutoff:
+    """An atom comes within reach of two others."""
+
+    @pytest.fixture(params=["learnable_gaussian", "exponential_normal"])
+    def jump(self, request):
+        """Change of energy and forces, from just outside to just inside."""
+
+        def jump(**changes: Any) -> tuple[float, float]:
+            keys = {**DERIVED, "regress_stress": False, "distance_function": request.param}
+            model = build(**{**keys, **changes}, max_radius=4.0).double()
+            found = []
+            for distance in (4 + 1e-5, 4 - 1e-5):
+                positions = [(0, 0, 0), (0, 1.1, 0.4), (distance, 0, 0)]
+                atoms = Atoms("CuOH", positions, cell=[20.0] * 3)
+                found.append(predict(model, in_double(batch_of(from_atoms(atoms)))))
+            return tuple(
+                (found[1][key] - found[0][key]).abs().max().item() for key in ("energy", "forces")
+            )
+
+        return jump
+
+    @every_variant
+    def test_smooth(self, jump, variant):
+        energy, forces = jump(smooth_cutoff=True, **variant)
+        assert energy < 1e-12
+        assert forces < 1e-8
+
+    def test_published_models_are_not(self, jump):
+        """Radial functions have biases, and softmax gives the first neighbour all the weight."""
+        energy, _ = jump()
+        assert energy > 1e-5
+
+    def test_the_envelope(self):
+        x = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+        assert_close(envelope(x), 1 - 28 * x**6 + 48 * x**7 - 21 * x**8, "wigner")
+        (slope,) = torch.autograd.grad(envelope(x).sum(), x)
+        assert slope[0] == slope[2] == 0
+
+    def test_the_cosine_takes_the_basis_to_zero(self):
+        """With its slope, at the cutoff; so the published models of MD17 have it."""
+        distance = torch.tensor([5 - 1e-4], dtype=torch.float64, requires_grad=True)
+        basis = ExponentialNormalSmearing(5.0).double()(distance)
+        assert basis.abs().max() < 1e-8
+        (slope,) = torch.autograd.grad(basis.sum(), distance)
+        assert slope.abs() < 1e-2

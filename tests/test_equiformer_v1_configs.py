@@ -12,6 +12,9 @@ import torch
 import yaml
 from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 
+from fairchem_equiformer import EquiformerCalculator
+from fairchem_equiformer.checkpoints import load
+from fairchem_equiformer.checkpoints.__main__ import description
 from fairchem_equiformer.fairchem1 import cli
 from tests.conftest import make_data, write_lmdb
 from tests.test_configs import CONFIGS, config_of, trainable_parameters
@@ -203,9 +206,18 @@ class TestRuns:
             assert np.isfinite(results["energy"]).all()
             assert results["displacement"].shape[1] == 3
 
-        atoms = slab_of(0)
-        atoms.calc = OCPCalculator(checkpoint_path=trained / "best_checkpoint.pt", cpu=True)
-        assert np.isfinite(atoms.get_potential_energy())
+        best = trained / "best_checkpoint.pt"
+        energies = []
+        for calculator in (
+            OCPCalculator(checkpoint_path=best, cpu=True),
+            EquiformerCalculator(best, device="cpu"),
+        ):
+            atoms = slab_of(0)
+            atoms.calc = calculator
+            energies.append(atoms.get_potential_energy())
+        assert energies[1] == pytest.approx(energies[0], rel=1e-5)
+        text = "\n".join(description(load(best)))
+        assert "2 blocks, irreps 16x0e+8x1e" in text
 
     @pytest.mark.parametrize("name", [f"{IS2RE}/dot_product.yml", S2EF])
     def test_trains(self, fairchem, name):

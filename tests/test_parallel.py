@@ -16,8 +16,10 @@ from fairchem.core.common import gp_utils
 from fairchem.core.modules.loss import DDPLoss
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.models import ours, results
+from fairchem_equiformer import Equiformer
+from tests.models import ours, results, scatter_weights
 from tests.structures import batch_of, noisy, single_atom, slab
+from tests.test_equiformer_v1 import KEYS as EQUIFORMER_KEYS
 from tests.test_hydra import hydra
 from tests.tolerances import assert_all_close, assert_close
 
@@ -35,6 +37,7 @@ MODELS = {
         use_gate_act=True, activation_checkpoint=True
     ),
     "hydra": hydra,
+    "Equiformer": lambda: equiformer(regress_forces=True),
     "DeNS": lambda: hydra(
         {
             "energy": {"module": "fairchem_equiformer.DeNSEnergyHead", "use_denoising": False},
@@ -46,9 +49,13 @@ MODELS = {
         },
     ),
 }
-DATA_PARALLEL = ["flat", "hydra", "DeNS"]
+DATA_PARALLEL = ["flat", "Equiformer", "hydra", "DeNS"]
 # Of the loss of labelled atoms: how many each process has.
 LABELLED = {"unlike numbers": (2, 7), "one process without": (0, 3), "none": (0, 0)}
+
+
+def equiformer(**changes):
+    return scatter_weights(Equiformer(**{**EQUIFORMER_KEYS, **changes}))
 
 
 def model_of(name):

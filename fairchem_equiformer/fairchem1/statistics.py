@@ -21,10 +21,12 @@ from fairchem.core.common.utils import setup_imports
 from fairchem.core.datasets import data_list_collater
 from tqdm import tqdm
 
+from fairchem_equiformer.checkpoints.names import EQUIFORMER
 from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.fairchem1.preflight import read_config
 from fairchem_equiformer.graph.build import build_graph
 from fairchem_equiformer.models.config import ModelConfig
+from fairchem_equiformer.models.config_v1 import EquiformerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +39,9 @@ STRUCTURES = 1000
 """Structures that are drawn by default."""
 
 
-def measure(dataset: Dataset, model: ModelConfig, count: int) -> dict[str, float]:
+def measure(
+    dataset: Dataset, model: ModelConfig | EquiformerConfig, count: int
+) -> dict[str, float]:
     """Average over structures of a dataset, drawn with a fixed seed.
 
     Args:
@@ -62,7 +66,7 @@ def measure(dataset: Dataset, model: ModelConfig, count: int) -> dict[str, float
     return {"avg_num_nodes": atoms / len(drawn), "avg_degree": edges / atoms}
 
 
-def _model_keys(file: Path, config: Config) -> tuple[list[str], ModelConfig]:
+def _model_keys(file: Path, config: Config) -> tuple[list[str], ModelConfig | EquiformerConfig]:
     """Where in a config the model's keys stand, and these."""
     model = config.get("model") or {}
     if "backbone" in model:
@@ -76,7 +80,8 @@ def _model_keys(file: Path, config: Config) -> tuple[list[str], ModelConfig]:
         where, keys = ["model"], model
     try:
         own = {key: value for key, value in keys.items() if key not in ("name", "model")}
-        return where, ModelConfig.from_keys(own)
+        first = EQUIFORMER.mean(str(keys.get("name")))
+        return where, (EquiformerConfig if first else ModelConfig).from_keys(own)
     except ValueError as error:
         raise InputError(f"{file}: {'.'.join(where)}: {error}") from error
 

@@ -83,6 +83,9 @@ class EquiformerConfig(Keys):
     distance_function: str = "learnable_gaussian"
     num_distance_basis: int = 128
     edge_channels: int = 64  # of the radial functions' hidden layers
+    # Take what an edge adds to zero at max_radius, with two derivatives. Not in published models,
+    # whose energies jump where an atom comes within reach, with either radial basis.
+    smooth_cutoff: bool = False
 
     alpha_drop: float = 0.2  # dropout of attention weights
     drop_path_rate: float = 0.0  # stochastic depth

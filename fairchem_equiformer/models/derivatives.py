@@ -45,7 +45,7 @@ def with_derivatives(
         StructureError: as ``build``, or for a stress of a structure whose cell has no volume.
     """
     again = torch.is_grad_enabled()
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    with torch.inference_mode(mode=False), torch.enable_grad(), _autocast_without_cache(data):
         own = _copy(data)
         graph = build(own)
         variables = [own.pos]
@@ -61,6 +61,13 @@ def with_derivatives(
     if stress:
         outputs["stress"] = gradients[1].flatten(1) / volume[:, None]
     return outputs if again else {key: value.detach() for key, value in outputs.items()}
+
+
+def _autocast_without_cache(data: Any) -> torch.autocast:
+    """Autocast as it is; but what it casts in the forward pass has no gradients in the backward."""
+    device = getattr(getattr(data, "pos", None), "device", torch.device("cpu")).type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 
 def _copy(data: Any) -> SimpleNamespace:

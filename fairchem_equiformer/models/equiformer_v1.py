@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,23 +91,31 @@ class Equiformer(nn.Module):
         keep_freed_memory()
         if not self.config.gradient_forces:
             return self._predict(self._graph(data))
+        predict = partial(self._predict, twice=torch.is_grad_enabled())
         stress = self.config.regress_stress
-        return with_derivatives(self._graph, self._predict, data, stress=stress)
+        return with_derivatives(self._graph, predict, data, stress=stress)
 
     def _graph(self, data: Any) -> EdgeGraph:
         return build_graph(data, self.config.graph(otf=self.otf_graph))
 
-    def _predict(self, graph: EdgeGraph) -> dict[str, Tensor]:
-        """What is no derivative."""
+    def _predict(self, graph: EdgeGraph, *, twice: bool = False) -> dict[str, Tensor]:
+        """What is no derivative; ``twice`` as of IrrepsEdges."""
         config = self.config
+        share = self.node_share(graph)
+        if share is not None and config.gradient_forces:
+            raise ValueError(
+                "forces that are the energy's derivative need all atoms in one process: leave out"
+                " --gp-gpus, or set direct_forces: True"
+            )
         edges = irreps_edges(
             graph,
             config.irreps("irreps_sh"),
             self.distance_expansion,
             self.norm.weight.dtype,
             max_edges=self._max_edges(),
-            twice=config.gradient_forces,
-            share=self.node_share(graph),
+            twice=twice,
+            smooth_within=config.max_radius if config.smooth_cutoff else None,
+            share=share,
         )
         x = self._embed(graph, edges)
         for block in self.blocks:

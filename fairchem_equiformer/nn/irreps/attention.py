@@ -27,7 +27,7 @@ from fairchem_equiformer.ops.attention_softmax import attention_logits
 from fairchem_equiformer.ops.depthwise_tensor_product import Ends
 from fairchem_equiformer.ops.head_sums import Targets, head_dot, head_sum
 from fairchem_equiformer.ops.over_chunks import Part
-from fairchem_equiformer.ops.segments import segment_softmax, segment_sum
+from fairchem_equiformer.ops.segments import segment_softmax, segment_sum, take
 from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, copies, joined
 
 
@@ -214,6 +214,22 @@ class DotProductMessage(Message):
         return head_dot(m, taken_through.to(m.dtype), targets), m
 
 
+def cut_off(alpha: Tensor, envelope: Tensor, part: Part) -> Tensor:
+    """Attention weights that go to zero smoothly where the envelope does, also those of one edge.
+
+        c_ij c_ij alpha_ij / (sum over j of c_ij alpha_ij)
+
+    Args:
+        alpha: [e, heads].
+        envelope: c [e].
+        part: which has these edges.
+    """
+    c = envelope[:, None]
+    weights = c * alpha
+    total = segment_sum(weights, part.target, part.num_rows).clamp(min=1e-30)
+    return c * weights / take(total, 0, part.target)
+
+
 class GraphAttention(nn.Module):
     """Attention of each atom to its neighbours.
 
@@ -251,10 +267,12 @@ class GraphAttention(nn.Module):
     def forward(self, x: Tensor, edges: IrrepsEdges) -> Tensor:
         """[rows, irreps_in.dim] to [rows, irreps_out.dim]."""
         read = [edges.basis, edges.harmonics]
+        if edges.envelope is not None:
+            read.append(edges.envelope)
         if self.training and self.alpha_drop.p > 0:
             read.append(self.alpha_drop(x.new_ones(edges.num_edges, self.num_heads)))
         sums: Tensor = edges.sum(
-            partial(self._attend, twice=edges.twice),
+            partial(self._attend, twice=edges.twice, smooth=edges.envelope is not None),
             edges.of_all_atoms(self.source(x)),
             edges=read,
             rows=(self.target(x), *self.message.rows(x)),
@@ -263,9 +281,9 @@ class GraphAttention(nn.Module):
         projected: Tensor = self.projection(sums)
         return projected
 
-    def _attend(self, part: Part, *, twice: bool) -> Tensor:
+    def _attend(self, part: Part, *, twice: bool, smooth: bool) -> Tensor:
         """Sum over some atoms' edges of alpha times the values: [n, irreps_values.dim]."""
-        basis, harmonics, *dropout = part.edges
+        basis, harmonics, *others = part.edges
         features, *rows = part.rows
         ends = Ends(part.sources, features, part.source, part.target)
         m = self.product(ends, harmonics, basis)
@@ -273,8 +291,11 @@ class GraphAttention(nn.Module):
         targets = Targets(part.target, torch.searchsorted(part.target, first_edges))
         logits, x = self.message(m, harmonics, tuple(rows), targets, twice=twice)
         alpha = segment_softmax(logits, part.target, part.num_rows)
-        if dropout:
-            alpha = alpha * dropout[0]
+        if smooth:
+            envelope, *others = others
+            alpha = cut_off(alpha, envelope, part)
+        if others:
+            alpha = alpha * others[0]  # dropout
         sums = head_sum(alpha.to(x.dtype), x, targets)
         total = segment_sum(alpha, part.target, part.num_rows)
         return self.message.values.of_heads(sums, total, self.irreps_values)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.ops.edges import NodeShare
 from fairchem_equiformer.ops.over_chunks import Part, over_chunks
-from fairchem_equiformer.ops.segments import Chunk, target_chunks
+from fairchem_equiformer.ops.segments import Chunk, segment_sum, target_chunks
 from fairchem_equiformer.so3.harmonics import harmonics
 
 
@@ -32,12 +32,20 @@ class IrrepsEdges:
     rows: slice  # atoms whose features are computed here
     chunks: tuple[Chunk, ...]  # in which the edges are worked through
     twice: bool  # whether results are differentiated, and then their derivatives
+    envelope: Tensor | None = None  # [E], what takes edges to nothing at the cutoff, if anything
     share: NodeShare | None = None  # None where all atoms are computed here
 
     @property
     def num_edges(self) -> int:
         """Number of edges, E."""
         return len(self.source)
+
+    @property
+    def degree(self) -> Tensor:
+        """Number of edges of each atom, or the sum of their envelopes [rows]."""
+        if self.envelope is not None:
+            return segment_sum(self.envelope, self.target, self.num_rows)
+        return torch.bincount(self.target, minlength=self.num_rows).to(self.basis.dtype)
 
     @property
     def num_rows(self) -> int:
@@ -85,6 +93,7 @@ def irreps_edges(
     *,
     max_edges: int,
     twice: bool = False,
+    smooth_within: float | None = None,
     share: NodeShare | None = None,
 ) -> IrrepsEdges:
     """Compute what depends on the graph alone, once for all layers.
@@ -96,20 +105,33 @@ def irreps_edges(
         dtype: of the features.
         max_edges: of a chunk.
         twice: see :class:`IrrepsEdges`.
+        smooth_within: Angstrom, the cutoff at which edges' weights go to zero, if they do.
         share: the atoms whose features are computed here, by default all.
     """
     rows = slice(0, graph.num_nodes) if share is None else share.rows
     pointers = graph.target_ptr[rows.start : rows.stop + 1].cpu()  # the host waits for a GPU once
     kept = slice(int(pointers[0]), int(pointers[-1]))
+    distance = graph.distance[kept].to(dtype)
     return IrrepsEdges(
         source=graph.source[kept],
         target=graph.target[kept] - rows.start,
-        basis=expansion(graph.distance[kept].to(dtype)),
+        basis=expansion(distance),
         harmonics=harmonics(graph.vector[kept], irreps_sh.lmax).to(dtype),
         batch=graph.batch[rows],
         num_graphs=graph.num_graphs,
         rows=rows,
         chunks=() if twice else target_chunks(pointers - kept.start, max_edges, rows.start),
         twice=twice,
+        envelope=None if smooth_within is None else envelope(distance / smooth_within),
         share=share,
     )
+
+
+def envelope(x: Tensor) -> Tensor:
+    """1 - 28 x^6 + 48 x^7 - 21 x^8, which is zero at 1 with its first two derivatives.
+
+    In factors, since the terms cancel near 1 (DimeNet, arXiv:2003.03123, equation 8, p = 6).
+    """
+    rest = 1 + x * (3 + x * (6 + x * (10 + x * (15 + 21 * x))))
+    out: Tensor = (1 - x) ** 3 * rest
+    return out

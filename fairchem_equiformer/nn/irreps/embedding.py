@@ -50,15 +50,17 @@ class IrrepsEdgeDegreeEmbedding(nn.Module):
         """[rows, irreps.dim]."""
         scalars = self.scalars(edges.source.new_zeros(1))
         x = nn.functional.pad(scalars, (0, self.irreps.dim - scalars.shape[1]))
+        harmonics = edges.harmonics
+        if edges.envelope is not None:  # the products are linear in them
+            harmonics = harmonics * edges.envelope[:, None]
         sums = edges.sum(
             self._sum,
             x,
-            edges=(edges.basis, edges.harmonics),
+            edges=(edges.basis, harmonics),
             rows=(),
             parameters=tuple(self.product.parameters()),
         )
-        degree = torch.bincount(edges.target, minlength=edges.num_rows)
-        out: Tensor = self.linear(sums, degree.to(sums.dtype)) / self.divisor
+        out: Tensor = self.linear(sums, edges.degree.to(sums.dtype)) / self.divisor
         return out
 
     def _sum(self, part: Part) -> Tensor:
