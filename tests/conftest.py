@@ -28,6 +28,8 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 # for who comes by.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+# For `make soak`, by --hypothesis-profile=soak: others at every run, and ten times as many.
+settings.register_profile("soak", max_examples=1000, print_blob=True)
 
 # The whole architecture at a size that runs in milliseconds.
 TINY_MODEL = {
