@@ -52,6 +52,13 @@ def test_good_input_passes(fairchem, tiny_config, checkpoint, mode):
     assert fairchem(tiny_config, "--checkpoint", checkpoint, mode=mode) == (0, "")
 
 
+def test_ranks_that_cannot_share_graphs(fairchem, tiny_config):
+    result = fairchem(tiny_config, "--num-gpus=3", "--gp-gpus=2")
+    assert_one_line(result, "--gp-gpus 2: 3 ranks", "groups of 2")
+    assert fairchem(tiny_config, "--num-gpus=4", "--gp-gpus=2") == (0, "")
+    assert fairchem(tiny_config, "--num-gpus=1", "--gp-gpus=2") == (0, "")
+
+
 def test_old_list_of_datasets_passes(fairchem, tiny_config, checkpoint):
     tiny_config["dataset"] = [tiny_config["dataset"][name] for name in ("train", "val", "test")]
     result = fairchem(tiny_config, "--checkpoint", checkpoint, mode="predict")

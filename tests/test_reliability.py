@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -282,6 +283,26 @@ def test_a_full_disk_stops_the_training_in_one_line(train, monkeypatch, caplog):
     assert str(path) in error
     assert saving.damage(path) is None
     monkeypatch.undo()
+
+
+def test_a_worker_that_dies_is_named(train, monkeypatch, caplog):
+    """Killed for its memory, as a rule."""
+    train.config["optim"]["num_workers"] = 1
+
+    def kill(out):
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        worker.join()
+        return out
+
+    train.config["optim"]["max_epochs"] = 50  # it may have read ahead
+    bad_at(3, monkeypatch, kill)
+    assert train("worker") == 1
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "rank 0: DataLoader worker (pid" in error
+    assert "optim.num_workers" in error
+    assert "--timestamp-id worker" in error
+    assert saving.damage(train.folder("worker") / "checkpoint.pt") is None
 
 
 def signal_at(step, number, monkeypatch):

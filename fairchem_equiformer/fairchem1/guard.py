@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
 logger = logging.getLogger(__name__)
+
+# How PyTorch says that a process that reads data has died; of an error in one it says otherwise.
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
 
 # What `optim.nonfinite` may be: what happens at a batch with NaN or infinity in it.
 STOP, SKIP, FAIRCHEM = POLICIES = ("stop", "skip", "fairchem")
@@ -50,11 +54,11 @@ def guarded(original: Callable[[Any], None]) -> Callable[[Any], None]:
             distutils.cleanup()
             raise SystemExit(stopped.status) from None
 
-    return run
+    return in_one_line(run)
 
 
 def in_one_line(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """For ``run`` of a task that ranks do each for themselves: what stops one ends its process."""
+    """For ``run`` of a task: what stops one rank alone ends its process, and so the others."""
 
     def run(self: Any) -> None:
         try:
@@ -62,6 +66,17 @@ def in_one_line(original: Callable[[Any], None]) -> Callable[[Any], None]:
         except StoppedError as stopped:
             logger.error("%s", stopped)  # noqa: TRY400  # the line says all
             raise SystemExit(stopped.status) from None
+        except RuntimeError as error:
+            if not DEAD_WORKER.match(str(error)):
+                raise
+            logger.error(  # noqa: TRY400
+                "rank %d: %s. Out of memory, as a rule: set optim.num_workers lower, or 0. What was"
+                " written is in place: go on with the same command and --timestamp-id %s",
+                distutils.get_rank(),
+                str(error).split(". ", maxsplit=1)[0].rstrip("."),
+                self.trainer.timestamp_id,
+            )
+            raise SystemExit(1) from None
 
     return run
 

@@ -82,6 +82,7 @@ def check(args: Namespace, overrides: list[str]) -> None:
         raise InputError(
             "--submit needs Slurm, and no sbatch is on the PATH; without it the run starts here"
         )
+    _check_graph_parallel(args.gp_gpus, args.num_nodes * args.num_gpus)
     _check_run_dir(Path(args.run_dir))
     config = read_config(args.config_yml, overrides)
     if args.sweep_yml is None:
@@ -158,6 +159,16 @@ def read_config(path: Path, overrides: list[str]) -> Config:
 def _require_file(option: str, path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{option}: no such file: {path} (looked from {Path.cwd()})")
+
+
+def _check_graph_parallel(of_a_graph: int | None, ranks: int) -> None:
+    """The ranks are a multiple of those that share a graph; fairchem-core takes more for all."""
+    if of_a_graph is None or (of_a_graph >= 1 and ranks % min(of_a_graph, ranks) == 0):
+        return
+    raise InputError(
+        f"--gp-gpus {of_a_graph}: {ranks} ranks (--num-gpus times --num-nodes) make no whole "
+        f"groups of {of_a_graph}: take a divisor of {ranks}"
+    )
 
 
 def _check_run_dir(path: Path) -> None:
