@@ -125,3 +125,30 @@ def test_bounds_fall_with_the_rates_of_a_card():
         bounds = [stage.seconds(card, tensor_cores=True) for card in time_model.CARDS]
         assert bounds[0] > bounds[1] > bounds[2] > 0
         assert stage.seconds(time_model.CARDS[2], tensor_cores=False) >= bounds[2]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_three_products_pay_without_tensor_cores_alone(size):
+    """As ops/so2_linear.py chooses."""
+    for card in time_model.CARDS:
+        for widths in time_model.so2_layers(SIZES[size]).values():
+            for kind, cheaper in (("fp32", 3), ("TF32", 4), ("bf16", 4)):
+                if kind == "TF32" and card.matrix == card.vector:
+                    continue  # none there
+                four, three = (
+                    time_model.so2_seconds(SIZES[size], *widths, n, card, kind) for n in (4, 3)
+                )
+                assert (three < four) == (cheaper == 3), (card.name, kind)
+
+
+def test_grid_mlp_is_counted_by_hand():
+    """Of an atom at lmax 4: 324 points, 25 coefficients, 128 channels; shared by 20 edges."""
+    (stage,) = (
+        s for s in time_model.ours(SIZES["31M"], tensor_cores=True) if s.name.startswith("grid MLP")
+    )
+    assert stage.flop * 20 == 2 * 324 * 128 * (25 + 25 + 128)
+    assert stage.silu * 20 == 2 * 324 * 128
+    assert stage.floats * 20 == 2 * 25 * 128
+    v100, _, h200 = time_model.CARDS
+    assert stage.seconds(h200, tensor_cores=False) == pytest.approx(stage.flop / (494e12 / 3))
+    assert stage.seconds(v100, tensor_cores=False) == pytest.approx(stage.flop / 15.7e12)

@@ -37,7 +37,7 @@ from fairchem_equiformer.ops.triton import norm as norm_module
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import layout
 from tests.test_ops import CASES, HEADS, attend, features, gradients, make_graph
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SINGLE, DOUBLE = torch.float32, torch.float64
@@ -289,6 +289,54 @@ def test_edge_degree_embedding(sizes, degrees):
         return found
 
     by_kernels_and_exactly(both, torch.randn(len(frames.source), sizes.num_degrees(0), 6))
+
+
+PRODUCTS = {  # dtype, PyTorch's precision of float32, largest error over largest value
+    "float32": (SINGLE, "highest", 1e-5),
+    "TF32": (SINGLE, "high", 1e-2),
+    "bfloat16": (torch.bfloat16, "highest", 8e-2),
+    "float16": (torch.float16, "highest", 1e-2),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", PRODUCTS)
+@pytest.mark.parametrize("sizes", [layout(4, 2), layout(6, 3)], ids=str)
+def test_products_of_a_gpu(sizes, kind):
+    """At the published sizes, which the interpreter takes minutes for, or cannot make at all."""
+    dtype, setting, allowed = PRODUCTS[kind]
+    full, channels = layout(sizes.lmax, sizes.lmax), 128
+
+    @differentiated
+    def activation(x, gates):
+        sphere = grid(sizes, 18, x.dtype, DEVICE, wanted="others")
+        return separable_s2_activation(x, gates, sphere)
+
+    @differentiated
+    def hidden_layer(x, weight):
+        return grid_mlp(x, weight, grid(full, 18, x.dtype, DEVICE, l_major=True, wanted="others"))
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        for function, inputs in (
+            (activation, (torch.randn(70, sizes.num_rows, channels), torch.randn(70, channels))),
+            (
+                hidden_layer,
+                (
+                    torch.randn(150, full.num_coefficients, channels),
+                    torch.randn(channels, channels),
+                ),
+            ),
+        ):
+            drawn = [x.to(DEVICE, dtype) / x.shape[-1] ** 0.25 for x in inputs]
+            for ours, exact in zip(
+                function(*drawn), function(*(x.double() for x in drawn)), strict=True
+            ):
+                assert ours.dtype == dtype
+                assert relative_error(ours, exact) < allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("name", ["separable s2", "gate", "s2"])

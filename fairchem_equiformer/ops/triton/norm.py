@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from fairchem_equiformer.ops.triton.launch import launch
 
 PROGRAMS = 512  # of the backward pass, at most: more than are at work at a time
-_PER_WARP = 1024  # numbers: 32 registers of each thread
+_PER_WARP = 512  # numbers: 16 registers of each thread, and several times as many in passing
 
 
 @triton.jit
