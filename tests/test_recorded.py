@@ -7,9 +7,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from fairchem.core.common.relaxation import ml_relaxation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairchem_equiformer import EquiformerCalculator, checkpoints
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.graph.padding import Sizes, bucket, filled_up
 from fairchem_equiformer.models import (
@@ -23,9 +25,9 @@ from fairchem_equiformer.nn import replay
 from fairchem_equiformer.nn.frozen import FrozenWeights
 from fairchem_equiformer.ops.native import loader
 from tests.models import KEYS, ours, scatter_weights
-from tests.structures import batch_of, slab, three_slabs
+from tests.structures import batch_of, slab, slab_atoms, three_slabs
 from tests.tape import record_tape
-from tests.tolerances import assert_all_close
+from tests.tolerances import assert_all_close, assert_close
 
 
 @pytest.fixture
@@ -249,6 +251,62 @@ def test_precisions_apart(recordings):
                     found = predict(model, data)
             assert_all_close(found, expected, "outputs", dtype)
     assert len(recordings) == 2
+
+
+# Who uses it
+
+
+def checkpoint_of(model, path):
+    config = {"model": {"name": "equiformer_v2", **KEYS, "num_layers": 1}}
+    torch.save({"config": config, "state_dict": model.state_dict()}, path)
+    return checkpoints.load(path)
+
+
+def test_a_calculator_records(recordings, tmp_path):
+    checkpoint = checkpoint_of(ours(num_layers=1), tmp_path / "checkpoint.pt")
+
+    def steps():
+        atoms = slab_atoms()
+        atoms.calc = EquiformerCalculator(checkpoint, device="cpu")
+        for _ in range(3):
+            yield torch.tensor(atoms.get_forces())
+            atoms.rattle(0.01, seed=0)
+
+    found = list(steps())
+    assert len(recordings) == 1
+    replay.RECORDERS.pop("cpu")
+    for forces, expected in zip(found, steps(), strict=True):
+        assert_close(forces, expected, "outputs", torch.float32)
+
+
+class Trainer:
+    """What a relaxation asks of fairchem's trainers."""
+
+    device = torch.device("cpu")
+    ema = None
+
+    def __init__(self, model):
+        self.model = model
+
+    def predict(self, batch, **_):
+        return predict(self.model, batch)
+
+
+def test_a_relaxation_records(recordings):
+    model = ours(num_layers=1).eval()
+    options = {"maxstep": 0.04, "memory": 50, "damping": 1.0, "alpha": 70.0, "traj_dir": None}
+
+    def relaxed():
+        batch = three_slabs()
+        batch.fixed = torch.zeros(len(batch.pos), dtype=torch.int64)
+        return ml_relaxation.ml_relax(batch, Trainer(model), 4, 0.0, options)
+
+    found = relaxed()
+    assert len(recordings) == 1
+    replay.RECORDERS.pop("cpu")
+    expected = relaxed()
+    assert_close(found.pos, expected.pos, "outputs")
+    assert not torch.equal(found.pos, three_slabs().pos)
 
 
 # What is not recorded
