@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fairchem_equiformer.nn.attention import GraphAttention
 from fairchem_equiformer.nn.feed_forward import FeedForward
-from fairchem_equiformer.ops.segments import segment_sum
+from fairchem_equiformer.ops.segments import in_single, segment_sum
 
 if TYPE_CHECKING:
     from fairchem_equiformer.graph.edge_graph import EdgeGraph
@@ -36,9 +35,7 @@ def of_all_atoms(values: Tensor, share: NodeShare | None) -> Tensor:
 def sum_over_structures(values: Tensor, graph: EdgeGraph, share: NodeShare | None) -> Tensor:
     """Sum of atomic contributions [rows] over each structure [B], in float32 at least."""
     values = of_all_atoms(values, share)
-    if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()
-    return segment_sum(values, graph.batch, graph.num_graphs)
+    return segment_sum(in_single(values), graph.batch, graph.num_graphs)
 
 
 def sum_energy(block: FeedForward, embedding: Embedding) -> Tensor:

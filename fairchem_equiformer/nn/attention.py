@@ -143,7 +143,8 @@ class GraphAttention(nn.Module):
         if self.out_degree is None:
             projected: Tensor = self.proj(y)
             return projected
-        y = y.to(self.proj.weight.dtype) @ self.proj.weight[self.out_degree].t()
+        with torch.autocast(y.device.type, enabled=False):  # a result keeps its digits
+            y = y.to(self.proj.weight.dtype) @ self.proj.weight[self.out_degree].t()
         higher_orders = self.so2_conv_2.so2_m_conv[self.out_degree :]
         return touch(y, self.proj.bias, *higher_orders.parameters())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
@@ -47,7 +48,14 @@ class EdgeDegreeEmbedding(nn.Module):
         self.average_degree = average_degree
 
     def forward(self, inputs: EdgeInputs) -> Tensor:
-        """Embedding [rows, (lmax + 1)^2, C]."""
+        """Embedding [rows, (lmax + 1)^2, C], in the weights' dtype also under autocast.
+
+        It has a few of the model's products, and all nodes begin with its sums and rotations.
+        """
+        with torch.autocast(inputs.edges.vector.device.type, enabled=False):
+            return self._embedding(inputs)
+
+    def _embedding(self, inputs: EdgeInputs) -> Tensor:
         source = self.source_embedding or inputs.source_embedding
         target = self.target_embedding or inputs.target_embedding
         weights, basis = self.rad_func.weights(source, target), inputs.basis

@@ -61,13 +61,19 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, (lmax + 1)^2, C] to [N, (lmax + 1)^2, out], or to [N, 1, out] for scalars only."""
-        hidden = self._scalars(x) if self.scalars_only else self._hidden(x)
-        weight: Tensor = self.so3_linear_2.weight
+        if not self.scalars_only:
+            return so3_linear(self._hidden(x), self._second_weight(x), self.so3_linear_2.bias)
+        hidden = self._scalars(x)
+        with torch.autocast(x.device.type, enabled=False):  # a result keeps its digits
+            weight = self._second_weight(x)[:1]
+            return so3_linear(hidden.to(weight.dtype), weight, self.so3_linear_2.bias)
+
+    def _second_weight(self, x: Tensor) -> Tensor:
+        """Of so3_linear_2, with what is folded into it."""
         if self.config.activation.endswith("grid_mlp"):
-            weight = once(self, "last", x.dtype, self._last_weight)
-        return so3_linear(
-            hidden, weight[:1] if self.scalars_only else weight, self.so3_linear_2.bias
-        )
+            return once(self, "last", x.dtype, self._last_weight)
+        weight: Tensor = self.so3_linear_2.weight
+        return weight
 
     @property
     def _separable(self) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.nn.recompute import recomputed
-from fairchem_equiformer.ops.segments import Chunk, segment_sum, take
+from fairchem_equiformer.ops.segments import Chunk, in_single, segment_sum, take
 
 if TYPE_CHECKING:
     from fairchem_equiformer.ops.edges import Edges
@@ -125,7 +125,10 @@ class Rank2Readout(nn.Module):
         found = []
         for factors, perceptron in self.block(vector):
             values = factors[:, :, None] * messages[:, None]  # [e, T, W]
-            values = mean(perceptron(values)) if self.edge_level else perceptron(mean(values))
+            if self.edge_level:
+                values = mean(in_single(perceptron(values)))
+            else:
+                values = in_single(perceptron(mean(in_single(values))))
             found.append(values[:, :, 0])
         return found
 

@@ -67,6 +67,11 @@ def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     return total.view(num_segments, *values.shape[1:])
 
 
+def in_single(values: Tensor) -> Tensor:
+    """In float32 at least: a sum in half precision loses what is small beside it."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """``x.index_select(dim, index)``, with a gradient that has the same bits at every call.
 
