@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad
 
 from fairchem_equiformer.errors import StructureError
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
@@ -334,11 +333,11 @@ def _edge_graph(structures: _Structures, edges: NeighborList, tags: Tensor | Non
     vector = pos[source] - pos[target] + offset.to(pos.dtype)
     distance = vector.norm(dim=-1)
     _check_distances(structures, edges, distance)
-    degree = torch.bincount(target, minlength=len(pos))
+    atoms = torch.arange(len(pos) + 1, device=target.device)
     return EdgeGraph(
         source=source,
         target=target,
-        target_ptr=pad(torch.cumsum(degree, dim=0), (1, 0)),
+        target_ptr=torch.searchsorted(target.contiguous(), atoms),
         vector=vector,
         distance=distance,
         atomic_numbers=structures.atomic_numbers.long(),

@@ -123,12 +123,13 @@ def plane_spacings(cell: Tensor, pbc: Tensor) -> Tensor:
         [G, 3] float64 on the CPU, Angstrom. Infinite where not periodic; zero in all periodic
         directions where the periodic vectors are linearly dependent.
     """
+    cell, pbc = cell.cpu(), pbc.cpu()
     lattice, inverse = _lattice(cell, pbc)
-    unit = torch.diag_embed(pbc.cpu().double())
+    unit = torch.diag_embed(pbc.double())
     dependent = ((lattice @ inverse - unit).abs() > 1e-6).flatten(1).any(dim=1)
     spacing = 1 / torch.linalg.vector_norm(inverse, dim=1)
     spacing = torch.where(dependent.unsqueeze(1), 0.0, spacing)
-    return torch.where(pbc.cpu(), spacing, torch.inf)
+    return torch.where(pbc, spacing, torch.inf)
 
 
 @torch.no_grad()
@@ -195,16 +196,17 @@ def neighbor_list(
 
 def _lattice(cell: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
     """Periodic lattice vectors (others zero) and their pseudo-inverse, [G, 3, 3] float64, CPU."""
-    lattice = cell.detach().cpu().double() * pbc.cpu().unsqueeze(2)
+    lattice = cell.detach().double() * pbc.unsqueeze(2)
     return lattice, torch.linalg.pinv(lattice)
 
 
 def _prepare(pos: Tensor, cell: Tensor, pbc: Tensor, natoms: Tensor, cutoff: float) -> _Atoms:
-    lattice, inverse = _lattice(cell, pbc)
-    per_length = torch.linalg.vector_norm(inverse, dim=1) * pbc.cpu()
+    on_host = pbc.cpu()
+    lattice, inverse = _lattice(cell.cpu(), on_host)
+    per_length = torch.linalg.vector_norm(inverse, dim=1) * on_host
     repeats = torch.ceil(cutoff * per_length.amax(dim=0))
     lattice, inverse, per_length = (x.to(pos.device) for x in (lattice, inverse, per_length))
-    batch = torch.repeat_interleave(natoms)
+    batch = torch.repeat_interleave(natoms, output_size=len(pos))
     fractional = torch.einsum("ni,nij->nj", pos.double(), inverse[batch]) * pbc[batch]
     # Only atoms far outside are wrapped: for the others an image is the same before and after.
     home = torch.where((fractional - 0.5).abs() < 1, 0, fractional.floor())
@@ -237,8 +239,15 @@ def _first_radius(atoms: _Atoms, pbc: Tensor, natoms: Tensor, rule: _Rule) -> Te
 
 
 def _segment(values: Tensor, reduce: str, lengths: Tensor) -> Tensor:
-    reduced: Tensor = torch.segment_reduce(values, reduce, lengths=lengths, axis=0)
+    # A check that the lengths add up, which "unsafe" leaves out, would make the host wait.
+    reduced: Tensor = torch.segment_reduce(values, reduce, lengths=lengths, axis=0, unsafe=True)
     return reduced
+
+
+def _lengths(ascending: Tensor, groups: int) -> Tensor:
+    """How often each number below `groups` occurs: [groups] int64. The host does not wait."""
+    bounds = torch.arange(groups + 1, device=ascending.device)
+    return torch.searchsorted(ascending.contiguous(), bounds).diff()
 
 
 def _reach(radius: Tensor) -> Tensor:
@@ -265,7 +274,7 @@ def _pairs(
 
 def _ghosts(atoms: _Atoms, targets: Tensor, radius: Tensor) -> _Ghosts:
     """All images of atoms in the parallelepiped around the targets, widened by the radius."""
-    lengths = torch.bincount(atoms.batch[targets], minlength=len(radius))
+    lengths = _lengths(atoms.batch[targets], len(radius))
     widening = _reach(radius).unsqueeze(1) * atoms.per_length  # [G, 3]
     low = _segment(atoms.fractional[targets], "min", lengths) - widening
     high = _segment(atoms.fractional[targets], "max", lengths) + widening
@@ -325,7 +334,7 @@ def _sort_into_columns(atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, reach: T
 
 def _runs(sizes: Tensor) -> list[slice]:
     """Cut a list into runs whose sizes add up to about `_PAIRS_AT_ONCE`."""
-    run = torch.cumsum(sizes, dim=0) // _PAIRS_AT_ONCE
+    run = (torch.cumsum(sizes, dim=0) // _PAIRS_AT_ONCE).cpu()
     ends = torch.cumsum(torch.unique_consecutive(run, return_counts=True)[1], dim=0).tolist()
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -336,7 +345,7 @@ def _candidates(atoms: _Atoms, targets: Tensor, columns: _Columns, reach: Tensor
     jump = columns.start.flatten() - torch.cumsum(length, dim=0) + length
     place = torch.repeat_interleave(jump, length)
     place += torch.arange(len(place), device=place.device)
-    row = torch.repeat_interleave(columns.length.sum(dim=1))
+    row = torch.repeat_interleave(columns.length.sum(dim=1), output_size=len(place))
     distance_sqr = _distance_sqr(atoms.wrapped[targets], row, columns.pos, place)
     limit = (reach**2)[atoms.batch[targets]].to(distance_sqr.dtype)
     near = torch.nonzero(distance_sqr <= limit.index_select(0, row)).squeeze(1)
@@ -391,7 +400,7 @@ def _image_offset(atoms: _Atoms, graph: Tensor, image: Tensor) -> Tensor:
     if atoms.cell.is_cuda or 9 * atoms.images < 400:
         a, b, c = atoms.cell[graph].unbind(dim=1)
         return (image[:, :1] * a + image[:, 1:2] * b) + image[:, 2:] * c
-    counts = torch.bincount(graph, minlength=len(atoms.cell)).tolist()
+    counts = _lengths(graph, len(atoms.cell)).tolist()
     offsets = []
     for cell, images in zip(atoms.cell, torch.split(image, counts), strict=True):
         table = pad(images, (0, 0, 0, max(0, 45 - len(images))))
@@ -409,7 +418,7 @@ def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor, Tenso
     """
     limit = pairs.distance_sqr.new_full((rows,), torch.inf)
     tie = torch.zeros_like(limit, dtype=torch.bool)
-    count = torch.bincount(pairs.row, minlength=rows)
+    count = _lengths(pairs.row, rows)
     width, k = int(count.max()), rule.max_neighbors
     if k <= 0 or width <= k:
         return limit, tie, tie
