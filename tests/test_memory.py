@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.ops import allocator
 from fairchem_equiformer.ops.s2_activation import s2_activation
-from fairchem_equiformer.so3.grid import grid
+from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import layout
 
 
@@ -42,7 +42,7 @@ def test_a_norm_keeps_its_input_alone(kind):
 
 def test_the_grid_is_not_kept():
     x = torch.randn(50, 9, 16, requires_grad=True)
-    sphere = grid(layout(2, 2), None, torch.float32, x.device)
+    sphere = GridSpec(layout(2, 2))
     assert bytes_kept(s2_activation, x, sphere) == x.untyped_storage().nbytes()
 
 

@@ -42,7 +42,7 @@ from fairchem_equiformer.ops.radial import (
 )
 from fairchem_equiformer.ops.s2_activation import s2_activation
 from fairchem_equiformer.so3.depthwise import depthwise_paths
-from fairchem_equiformer.so3.grid import grid
+from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import layout
 from tests.kernels import called_kernels, with_backward
 from tests.test_ops import make_graph
@@ -78,7 +78,7 @@ def on_the_grid(kind, sizes, resolution, wanted="all"):
 
     @differentiated
     def both(x, *weight):
-        sphere = grid(sizes, resolution, x.dtype, CPU, wanted=wanted)
+        sphere = GridSpec(sizes, resolution, wanted=wanted)
         rows = x[:, 7:].unflatten(1, (sizes.num_rows, -1))
         return s2_activation(rows, sphere) if kind == "s2" else grid_mlp(rows, *weight, sphere)
 

@@ -42,7 +42,7 @@ from fairchem_equiformer.ops.segments import segment_softmax, segment_sum, targe
 from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
 from fairchem_equiformer.ops.so3_linear import so3_linear
 from fairchem_equiformer.ops.touch import touch
-from fairchem_equiformer.so3.grid import grid
+from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import Layout, layout
 from tests import reference
 from tests.reference import AttentionSizes, Parameters, under
@@ -479,7 +479,7 @@ def test_gate_activation(lmax, atoms, device):
 def grid_case(kind: str, device: torch.device | str = "cpu", atoms: int = 5):
     """An op on the grid and its formula, both as functions of leaves, and the leaves."""
     sizes = layout(3, 2)
-    sphere = grid(sizes, None, DOUBLE, torch.device(device), wanted="others")
+    sphere = GridSpec(sizes, wanted="others")
     rows = list(sizes.rows_in_l_major)
     dense = reference.sphere(3, 2, None)
     dense = dense._replace(to_grid=dense.to_grid[:, rows], from_grid=dense.from_grid[rows])
@@ -535,7 +535,7 @@ def test_functions_on_the_grid_in_float32(kind):
     _, formula, leaves = grid_case(kind)
     sizes = layout(3, 2)
     single = [leaf.detach().float() for leaf in leaves.values()]
-    sphere = grid(sizes, None, torch.float32, single[0].device, wanted="others")
+    sphere = GridSpec(sizes, wanted="others")
     function = {"s2": s2_activation, "mlp": grid_mlp}[kind]
     found = function(*single, sphere)
     assert_close(found, formula(*leaves.values()), "activation")

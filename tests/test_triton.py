@@ -34,7 +34,7 @@ from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_ac
 from fairchem_equiformer.ops.triton import grid_mlp as grid_mlp_module
 from fairchem_equiformer.ops.triton import loader
 from fairchem_equiformer.ops.triton import norm as norm_module
-from fairchem_equiformer.so3.grid import grid
+from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import layout
 from tests.test_ops import CASES, HEADS, attend, features, gradients, make_graph
 from tests.tolerances import assert_close, relative_error
@@ -211,7 +211,7 @@ def test_logits(edges, norm):
 def test_s2_activation(sizes, resolution, kind, wanted, items):
     @differentiated
     def both(x, gates):  # other columns stand before
-        sphere = grid(sizes, resolution, x.dtype, DEVICE, wanted=wanted)
+        sphere = GridSpec(sizes, resolution, wanted=wanted)
         rows = x[:, 7:].unflatten(1, (sizes.num_rows, -1))
         if kind == "s2":
             return s2_activation(rows, sphere) * (1 + 0 * gates[:, None, :1])
@@ -229,7 +229,7 @@ def test_grid_mlp(sizes, resolution, wanted, channels, atoms, monkeypatch):
 
     @differentiated
     def both(x, weight):  # other columns stand before
-        sphere = grid(sizes, resolution, x.dtype, DEVICE, l_major=True, wanted=wanted)
+        sphere = GridSpec(sizes, resolution, l_major=True, wanted=wanted)
         rows = x[:, 3:].unflatten(1, (sizes.num_coefficients, channels))
         return grid_mlp(rows, weight.t(), sphere)
 

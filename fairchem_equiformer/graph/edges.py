@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.ops.edges import Edges, NodeShare, edges_per_chunk
 from fairchem_equiformer.ops.radial import EdgeScalars
-from fairchem_equiformer.ops.segments import Chunk, target_chunks
+from fairchem_equiformer.ops.rotate import edge_rotations
+from fairchem_equiformer.ops.segments import Chunk, table_of, target_chunks
 from fairchem_equiformer.so3.layout import Layout
-from fairchem_equiformer.so3.wigner import edge_rotations
 
 
 def prepare_edges(
@@ -21,6 +22,7 @@ def prepare_edges(
     max_edges: int | None = None,
     share: NodeShare | None = None,
     at_once: bool = False,
+    chunk_table: Tensor | None = None,
 ) -> Edges:
     """Compute what depends on the graph alone, once for all layers.
 
@@ -32,20 +34,21 @@ def prepare_edges(
         max_edges: edges per chunk; by default as many as fit the device's budget.
         share: the atoms whose features are computed here, by default all.
         at_once: all edges of all atoms are one chunk; the host then reads nothing of a GPU.
+        chunk_table: of :func:`chunk_table`, for the edges of all atoms, where a compiler looks on.
+            The host then reads nothing of the graph.
     """
     rows = slice(0, graph.num_nodes) if share is None else share.rows
     pointers = graph.target_ptr[rows.start : rows.stop + 1]
-    chunks: tuple[Chunk, ...]
+    kept = slice(0, graph.num_edges)
+    chunks: tuple[Chunk, ...] = ()
     if at_once:
-        kept = slice(0, graph.num_edges)
         chunks = (Chunk(rows, rows, kept),)
-    else:
+    elif chunk_table is None:
         if max_edges is None:
             max_edges = edges_per_chunk(layout, channels, dtype, graph.vector.device)
         on_host = pointers.cpu()  # the one time that the host waits for a GPU here
         kept = slice(int(on_host[0]), int(on_host[-1]))
         chunks = target_chunks(on_host - on_host[0], max_edges, rows.start)
-    pointers = pointers - pointers[0]
     source, target = graph.source[kept], graph.target[kept]
     scalars = EdgeScalars(
         graph.distance[kept].to(dtype), graph.atomic_numbers[source], graph.atomic_numbers[target]
@@ -54,13 +57,23 @@ def prepare_edges(
         scalars=scalars,
         source=source,
         target=target,
-        target_ptr=pointers,
+        target_ptr=pointers - pointers[0],
         layout=layout,
         rotations=edge_rotations(graph.vector[kept], layout, dtype),
         vector=graph.vector[kept],
         chunks=chunks,
-        rows=rows,
+        first_row=rows.start,
         batch=graph.batch[rows],
         num_graphs=graph.num_graphs,
         share=share,
+        chunk_table=chunk_table,
     )
+
+
+def chunk_table(
+    graph: EdgeGraph, layout: Layout, channels: int, dtype: torch.dtype, max_edges: int | None
+) -> Tensor:
+    """The chunks that :func:`prepare_edges` would make for all atoms: [chunks, 6] on the host."""
+    if max_edges is None:
+        max_edges = edges_per_chunk(layout, channels, dtype, graph.vector.device)
+    return table_of(target_chunks(graph.target_ptr, max_edges))

@@ -54,6 +54,7 @@ class EquiformerV2Backbone(nn.Module):
         super().__init__()
         config = ModelConfig.from_keys(keys)
         self.config = config
+        self.layout = config.layout  # of the edge frame
         self.otf_graph = config.otf_graph
         self.regress_forces = config.regress_forces
         self.num_layers = config.num_layers  # of the blocks, how many are run
@@ -105,6 +106,7 @@ class EquiformerV2Backbone(nn.Module):
 
     def read(self, data: Any) -> EdgeGraph:
         """The graph of a batch; arguments and errors as of :meth:`embed`."""
+        keep_freed_memory()
         return build_graph(data, self.config.graph(otf=self.otf_graph))
 
     def edges_at_once(self, device: torch.device) -> int:
@@ -114,7 +116,12 @@ class EquiformerV2Backbone(nn.Module):
         return config.edges_per_chunk or fitting
 
     def embed_graph(
-        self, graph: EdgeGraph, data: Any = None, *, at_once: bool = False
+        self,
+        graph: EdgeGraph,
+        data: Any = None,
+        *,
+        at_once: bool = False,
+        chunk_table: Tensor | None = None,
     ) -> Embedding:
         """As :meth:`embed`.
 
@@ -122,17 +129,18 @@ class EquiformerV2Backbone(nn.Module):
             graph: of the batch.
             data: the batch, for models that read more of it.
             at_once: all edges are one chunk, so that the host need not know which atoms have them.
+            chunk_table: see :func:`~fairchem_equiformer.graph.edges.prepare_edges`.
         """
-        keep_freed_memory()
         config = self.config
         edges = prepare_edges(
             graph,
-            config.layout,
+            self.layout,
             config.sphere_channels,
             self.sphere_embedding.weight.dtype,
             max_edges=config.edges_per_chunk,
             share=self.node_share(graph),
             at_once=at_once,
+            chunk_table=chunk_table,
         )
         inputs = EdgeInputs(
             edges, self.distance_expansion.basis(), self.source_embedding, self.target_embedding

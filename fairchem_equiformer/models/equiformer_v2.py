@@ -46,11 +46,9 @@ class EquiformerV2(EquiformerV2Backbone):
         """
         return predict(self, data)
 
-    def of_graph(
-        self, graph: EdgeGraph, data: Any = None, *, at_once: bool = False
-    ) -> dict[str, Tensor]:
+    def of_graph(self, graph: EdgeGraph, data: Any = None, **chunks: Any) -> dict[str, Tensor]:
         """As :meth:`forward`; arguments as of :meth:`embed_graph`."""
-        embedding = self.embed_graph(graph, data, at_once=at_once)
+        embedding = self.embed_graph(graph, data, **chunks)
         energy = sum_energy(self.energy_block, embedding) / self.average_num_nodes
         if self.config.use_energy_lin_ref:
             references = self.energy_lin_ref[graph.atomic_numbers]

@@ -46,11 +46,9 @@ class EquiformerV2Hydra(nn.Module):
         """Predict, in the normalised units of training: the outputs of all heads, by their keys."""
         return predict(self, data)
 
-    def of_graph(
-        self, graph: EdgeGraph, data: Any = None, *, at_once: bool = False
-    ) -> dict[str, Tensor]:
+    def of_graph(self, graph: EdgeGraph, data: Any = None, **chunks: Any) -> dict[str, Tensor]:
         """As :meth:`forward`; arguments as of the backbone's ``embed_graph``."""
-        embedding = self.backbone.embed_graph(graph, data, at_once=at_once)
+        embedding = self.backbone.embed_graph(graph, data, **chunks)
         outputs: dict[str, Tensor] = {}
         for head in self.output_heads.values():
             outputs |= head(data, embedding)

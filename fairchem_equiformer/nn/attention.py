@@ -145,8 +145,8 @@ class GraphAttention(nn.Module):
             return projected
         with torch.autocast(y.device.type, enabled=False):  # a result keeps its digits
             y = y.to(self.proj.weight.dtype) @ self.proj.weight[self.out_degree].t()
-        higher_orders = self.so2_conv_2.so2_m_conv[self.out_degree :]
-        return touch(y, self.proj.bias, *higher_orders.parameters())
+        higher_orders = self.so2_conv_2.weights()[0][self.out_degree + 1 :]
+        return touch(y, self.proj.bias, *higher_orders)
 
     def _weights(self, inputs: EdgeInputs) -> AttentionWeights:
         radial = cast("RadialFunction", self.rad_func or self.so2_conv_1.rad_func)

@@ -15,7 +15,7 @@ from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
 from fairchem_equiformer.ops.so3_linear import so3_linear
 from fairchem_equiformer.ops.touch import touch
-from fairchem_equiformer.so3.grid import Grid, grid
+from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import layout
 
 
@@ -48,6 +48,8 @@ class FeedForward(nn.Module):
         self.config = config
         self.scalars_only = scalars_only
         channels, hidden, lmax = config.channels, config.hidden_channels, config.lmax
+        self.layout = layout(lmax, lmax)
+        self.rows = self.layout.l_major
         self.so3_linear_1 = SO3Linear(channels, hidden, lmax)
         if config.activation == "separable_grid_mlp":
             self.scalar_mlp = nn.Sequential(nn.Linear(channels, hidden), nn.SiLU())
@@ -79,10 +81,8 @@ class FeedForward(nn.Module):
     def _separable(self) -> bool:
         return self.config.activation.startswith("separable")
 
-    def _grid(self, x: Tensor, wanted: str) -> Grid:
-        full = layout(self.config.lmax, self.config.lmax)
-        resolution = self.config.grid_resolution
-        return grid(full, resolution, x.dtype, x.device, l_major=True, wanted=wanted)
+    def _grid(self, wanted: str) -> GridSpec:
+        return GridSpec(self.layout, self.config.grid_resolution, l_major=True, wanted=wanted)
 
     @staticmethod
     def _of_scalars(layer: nn.Module, x: Tensor) -> Tensor:
@@ -115,18 +115,17 @@ class FeedForward(nn.Module):
             h = self._first_grid_layer(x)
             middle = self.grid_mlp[2].weight
             if not self._separable:
-                return grid_mlp(h, middle, self._grid(h, "all"))
-            vectors = grid_mlp(h, middle, self._grid(h, "others"))
+                return grid_mlp(h, middle, self._grid("all"))
+            vectors = grid_mlp(h, middle, self._grid("others"))
             scalars = self._of_scalars(self.scalar_mlp, x)
             return torch.cat([scalars.to(vectors.dtype), vectors], dim=1)
         h = self.so3_linear_1(x)
         if kind == "gate":
-            rows = layout(self.config.lmax, self.config.lmax).l_major
-            return gate_activation(h, self.gating_linear(x[:, 0]), rows)
+            return gate_activation(h, self.gating_linear(x[:, 0]), self.rows)
         if kind == "s2":
-            return s2_activation(h, self._grid(h, "all"))
+            return s2_activation(h, self._grid("all"))
         gates = self.gating_linear(x[:, 0]).to(h.dtype)
-        return separable_s2_activation(h, gates, self._grid(h, "others"))
+        return separable_s2_activation(h, gates, self._grid("others"))
 
     def _scalars(self, x: Tensor) -> Tensor:
         """l = 0 after the non-linearity, [N, 1, hidden]: often without the other degrees."""
@@ -143,9 +142,9 @@ class FeedForward(nn.Module):
             return touch(F.silu(scalars), *self.gating_linear.parameters())
         if kind == "grid_mlp":
             h = self._first_grid_layer(x)
-            return grid_mlp(h, self.grid_mlp[2].weight, self._grid(h, "scalars"))
+            return grid_mlp(h, self.grid_mlp[2].weight, self._grid("scalars"))
         h = first(x)
-        return s2_activation(h, self._grid(h, "scalars"))
+        return s2_activation(h, self._grid("scalars"))
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ def kept(module: nn.Module, name: str, dtype: torch.dtype, make: Callable[[], T]
         dtype: of the result.
         make: is called without gradients.
     """
+    if torch.compiler.is_compiling():  # a graph that outlives the weights must not hold them
+        return None
     made = (_in_use.get() or {}).get(module)
     if made is None or torch.is_grad_enabled():
         return None

@@ -69,8 +69,8 @@ class SO2Convolution(nn.Module):
         matrices, bias = self.weights()
         first = slice(degree * width, (degree + 1) * width)
         chosen = [matrices[0][first]]
-        for m, matrix in enumerate(matrices[1 : degree + 1], start=1):
-            halves = matrix.unflatten(0, (2, -1))  # m runs over l = m..lmax in each half
+        for m in range(1, min(degree, self.layout.mmax) + 1):
+            halves = matrices[m].unflatten(0, (2, -1))  # m runs over l = m..lmax in each half
             rows = slice((degree - m) * width, (degree - m + 1) * width)
             chosen.append(halves[:, rows].flatten(0, 1))
         return tuple(chosen), bias[first]

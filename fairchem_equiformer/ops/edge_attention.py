@@ -15,35 +15,45 @@ pass only f and s, what the largest matrix product made, are kept; the rest is m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops import library
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
 from fairchem_equiformer.ops.attention_softmax import (
     attention_logits,
     attention_softmax,
     attention_softmax_backward,
 )
-from fairchem_equiformer.ops.edges import ChunkFrames, Edges, chunk_frames
+from fairchem_equiformer.ops.edges import (
+    EDGES_SCHEMA,
+    ChunkFrames,
+    Edges,
+    chunk_frames,
+    edge_arguments,
+    edges_of,
+)
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.message import Message, message, message_backward
 from fairchem_equiformer.ops.radial import (
+    RADIAL_SCHEMA,
     Basis,
     RadialGradient,
     RadialTables,
     RadialWeights,
+    radial_arguments,
     radial_function,
+    radial_of,
 )
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
 from fairchem_equiformer.ops.segments import Chunk
 from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
-from fairchem_equiformer.so3.grid import grid
-from fairchem_equiformer.so3.layout import Layout
+from fairchem_equiformer.so3.grid import GridSpec
+from fairchem_equiformer.so3.layout import Layout, layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,33 @@ class AttentionSpec:
     radial_by_degree: bool  # one radial weight per l instead of one per (l, |m|)
     out_layout: Layout  # degrees wanted of the result
 
+    def constants(self) -> tuple[Any, ...]:
+        """Itself in types that an operation of PyTorch takes, ``SPEC_SCHEMA``."""
+        sizes = self.out_layout
+        return (
+            self.num_heads,
+            self.alpha_channels,
+            self.value_channels,
+            self.hidden_channels,
+            self.activation,
+            self.grid_resolution,
+            self.radial_by_degree,
+            [sizes.lmax, sizes.mmax, sizes.lmin],
+        )
+
+    @classmethod
+    def of(cls, *constants: Any) -> AttentionSpec:
+        """Inverse of :meth:`constants`."""
+        *rest, sizes = constants
+        names = [field.name for field in fields(cls)]
+        return cls(**dict(zip(names, [*rest, layout(*sizes)], strict=True)))
+
+
+SPEC_SCHEMA = (
+    "int num_heads, int alpha_channels, int value_channels, int hidden_channels, str activation, "
+    "int? grid_resolution, bool radial_by_degree, int[] out_layout"
+)
+
 
 class AttentionWeights(NamedTuple):
     """Tensors of one attention layer; shapes as in ops/radial.py and ops/so2_linear.py."""
@@ -73,7 +110,7 @@ class AttentionWeights(NamedTuple):
 
     def including(self, basis: Basis) -> AttentionWeights:
         """With the parameters of learned Gaussians among the radial weights."""
-        return self._replace(radial=self.radial.including(basis))
+        return AttentionWeights(self.radial.including(basis), *self[1:])
 
     def flatten(self) -> list[Tensor | None]:
         """All tensors in a fixed order."""
@@ -126,10 +163,10 @@ def activate(
     logits = attention_logits(scalars, weights.alpha_norm, weights.alpha_dot)
     if spec.activation == "gate":
         return gate_activation(x, gates, layout.m_major).flatten(1), logits
-    sphere = partial(grid, layout, spec.grid_resolution, x.dtype, x.device)
     if spec.activation == "s2":
-        return s2_activation(x, sphere()).flatten(1), logits
-    return separable_s2_activation(x, gates, sphere(wanted="others")).flatten(1), logits
+        return s2_activation(x, GridSpec(layout, spec.grid_resolution)).flatten(1), logits
+    sphere = GridSpec(layout, spec.grid_resolution, wanted="others")
+    return separable_s2_activation(x, gates, sphere).flatten(1), logits
 
 
 @dataclass(frozen=True)
@@ -231,6 +268,40 @@ def _forward(
     return out
 
 
+def _forward_to_train(
+    layer: _Layer, num_conv_1: int, mask: Tensor | None, x: Tensor, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """The result, and what is kept for the backward pass."""
+    weights = AttentionWeights.unflatten(tensors, num_conv_1)
+    kept = x.new_empty(layer.edges.num_edges, _width(weights), dtype=layer.dtype)
+    prepared = PreparedWeights.of(weights, layer.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(layer, x, weights, prepared, mask, kept), kept
+
+
+def _width(weights: AttentionWeights) -> int:
+    """Columns of the first SO(2) layer's output."""
+    return sum(len(weight) for weight in weights.conv_1)
+
+
+def _backward(
+    grad: Tensor,
+    layer: _Layer,
+    num_conv_1: int,
+    mask: Tensor | None,
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    kept: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of x and of the weights."""
+    with torch.autocast(x.device.type, enabled=False):
+        backward = _Backward(layer, num_conv_1, x, tensors)
+        for chunk in layer.edges.chunks:
+            chunk_mask = None if mask is None else mask[chunk.edges]
+            backward.add(chunk, grad[chunk.rows], kept[chunk.edges], chunk_mask)
+    return [backward.x_grad, *backward.total()]
+
+
 class _EdgeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -241,12 +312,7 @@ class _EdgeAttention(torch.autograd.Function):
         x: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
-        weights = AttentionWeights.unflatten(tensors, num_conv_1)
-        width = sum(len(weight) for weight in weights.conv_1)
-        kept = x.new_empty(layer.edges.num_edges, width, dtype=layer.dtype)
-        prepared = PreparedWeights.of(weights, layer.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            out = _forward(layer, x, weights, prepared, mask, kept)
+        out, kept = _forward_to_train(layer, num_conv_1, mask, x, tensors)
         ctx.layer, ctx.num_conv_1 = layer, num_conv_1
         ctx.save_for_backward(mask, x, kept, *tensors)
         return out
@@ -255,12 +321,8 @@ class _EdgeAttention(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, x, kept, *tensors = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            backward = _Backward(ctx.layer, ctx.num_conv_1, x, tensors)
-            for chunk in ctx.layer.edges.chunks:
-                chunk_mask = None if mask is None else mask[chunk.edges]
-                backward.add(chunk, grad[chunk.rows], kept[chunk.edges], chunk_mask)
-        return None, None, None, backward.x_grad, *backward.total()
+        found = _backward(grad, ctx.layer, ctx.num_conv_1, mask, x, tensors, kept)
+        return None, None, None, *found
 
 
 class _Backward:
@@ -381,6 +443,56 @@ class _Backward:
         return parts[len(totals) :]
 
 
+def _decoded(
+    x: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    num_conv_1: int,
+    *rest: Any,
+    fake: bool = False,
+) -> tuple[_Layer, int, Tensor | None, Tensor, list[Tensor | None]]:
+    """What the operation's arguments say, ``_ARGUMENTS`` but the first."""
+    tensors, basis = radial_of(*rest[:4])
+    edges = edges_of(*rest[4:8], fake=fake)
+    layer = _Layer(AttentionSpec.of(*rest[8:]), edges, basis, dtype)
+    return layer, num_conv_1, mask, x, tensors
+
+
+def _run(to_train: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
+    layer, num_conv_1, mask, x, tensors = _decoded(*arguments)
+    if to_train:
+        return _forward_to_train(layer, num_conv_1, mask, x, tensors)
+    weights = AttentionWeights.unflatten(tensors, num_conv_1)
+    prepared = PreparedWeights.of(weights, layer.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _forward(layer, x, weights, prepared, mask, kept=None)
+    return out, x.new_empty(0, _width(weights), dtype=layer.dtype)
+
+
+def _fake(to_train: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
+    layer, num_conv_1, _, x, tensors = _decoded(*arguments, fake=True)
+    spec, edges = layer.spec, layer.edges
+    width = _width(AttentionWeights.unflatten(tensors, num_conv_1))
+    channels = spec.num_heads * spec.value_channels
+    out = x.new_empty(edges.num_rows, spec.out_layout.num_coefficients, channels)
+    return out, x.new_empty(edges.num_edges if to_train else 0, width, dtype=layer.dtype)
+
+
+_ARGUMENTS = (
+    "bool to_train, Tensor x, Tensor? mask, ScalarType dtype, int num_conv_1, "
+    f"{RADIAL_SCHEMA}, {EDGES_SCHEMA}, {SPEC_SCHEMA}"
+)
+_operation = library.register(
+    "edge_attention",
+    _ARGUMENTS,
+    _run,
+    _fake,
+    lambda grad, _, *rest: _backward(grad, *_decoded(*rest[:-1]), rest[-1]),
+    "x weights",
+    keeps=True,
+)
+
+
 def edge_attention(
     x: Tensor,
     edges: Edges,
@@ -413,6 +525,18 @@ def edge_attention(
     wanted = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *tensors)
     )
+    if torch.compiler.is_compiling():
+        result: tuple[Tensor, Tensor] = _operation(
+            wanted,
+            x,
+            mask,
+            layer.dtype,
+            len(weights.conv_1),
+            *radial_arguments(tensors, basis),
+            *edge_arguments(edges),
+            *spec.constants(),
+        )
+        return result[0]
     if not wanted:
         prepared = prepared or PreparedWeights.of(weights, layer.dtype)
         with torch.autocast(x.device.type, enabled=False):

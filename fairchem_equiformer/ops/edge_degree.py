@@ -13,14 +13,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops import triton
-from fairchem_equiformer.ops.edges import Edges, chunk_frames, truncation_rescale
+from fairchem_equiformer.ops import library, triton
+from fairchem_equiformer.ops.edges import (
+    EDGES_SCHEMA,
+    Edges,
+    chunk_frames,
+    edge_arguments,
+    edges_of,
+    truncation_rescale,
+)
 from fairchem_equiformer.ops.radial import (
+    RADIAL_SCHEMA,
     Basis,
     RadialGradient,
     RadialTables,
     RadialWeights,
+    radial_arguments,
     radial_function,
+    radial_of,
 )
 from fairchem_equiformer.ops.rotate import rotate_back_and_sum
 from fairchem_equiformer.ops.segments import Chunk
@@ -41,6 +51,32 @@ def _embed(edges: Edges, chunk: Chunk, basis: Basis, tables: RadialTables) -> Te
     return rotate_back_and_sum(messages, frames, rescale, frames.rotation[:, :num_degrees])  # m = 0
 
 
+def _forward(
+    edges: Edges, basis: Basis, weights: RadialWeights, tables: RadialTables | None = None
+) -> Tensor:
+    out = weights.bias_3.new_zeros(_shape(edges, weights))
+    tables = tables or RadialTables.of(weights)
+    for chunk in edges.chunks:
+        out[chunk.rows] = _embed(edges, chunk, basis, tables)
+    return out
+
+
+def _backward(
+    grad: Tensor, edges: Edges, basis: Basis, weights: RadialWeights
+) -> list[Tensor | None]:
+    sums = RadialGradient(weights)
+    for chunk in edges.chunks:
+        with torch.enable_grad():
+            part = _embed(edges, chunk, basis, sums.tables)
+        sums.add(part, grad[chunk.rows])
+    return sums.total()
+
+
+def _shape(edges: Edges, weights: RadialWeights) -> tuple[int, int, int]:
+    channels = len(weights.bias_3) // edges.layout.num_degrees(0)
+    return edges.num_rows, edges.layout.num_coefficients, channels
+
+
 class _EdgeDegreeEmbedding(torch.autograd.Function):
     """Keeps nothing but the weights; each chunk is made again in the backward pass."""
 
@@ -54,24 +90,33 @@ class _EdgeDegreeEmbedding(torch.autograd.Function):
     ) -> Tensor:
         ctx.edges, ctx.basis = edges, basis
         ctx.save_for_backward(*weights)
-        radial_weights = RadialWeights(*weights)  # type: ignore[arg-type]
-        channels = len(radial_weights.bias_3) // edges.layout.num_degrees(0)
-        shape = (edges.num_rows, edges.layout.num_coefficients, channels)
-        out = radial_weights.bias_3.new_zeros(shape)
-        tables = tables or RadialTables.of(radial_weights)
-        for chunk in edges.chunks:
-            out[chunk.rows] = _embed(edges, chunk, basis, tables)
-        return out
+        return _forward(edges, basis, RadialWeights(*weights), tables)  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sums = RadialGradient(RadialWeights(*ctx.saved_tensors))
-        for chunk in ctx.edges.chunks:
-            with torch.enable_grad():
-                part = _embed(ctx.edges, chunk, ctx.basis, sums.tables)
-            sums.add(part, grad[chunk.rows])
-        return None, None, None, *sums.total()
+        found = _backward(grad, ctx.edges, ctx.basis, RadialWeights(*ctx.saved_tensors))
+        return None, None, None, *found
+
+
+def _decoded(*arguments: Any, fake: bool = False) -> tuple[Edges, Basis, RadialWeights]:
+    weights, basis = radial_of(*arguments[:4])
+    return edges_of(*arguments[4:], fake=fake), basis, RadialWeights(*weights)  # type: ignore[arg-type]
+
+
+def _fake(*arguments: Any) -> Tensor:
+    edges, _, weights = _decoded(*arguments, fake=True)
+    return weights.bias_3.new_empty(_shape(edges, weights))
+
+
+_operation = library.register(
+    "edge_degree_embedding",
+    f"{RADIAL_SCHEMA}, {EDGES_SCHEMA}",
+    lambda *arguments: _forward(*_decoded(*arguments)),
+    _fake,
+    lambda grad, *arguments: _backward(grad, *_decoded(*arguments)),
+    "weights",
+)
 
 
 def edge_degree_embedding(
@@ -90,5 +135,9 @@ def edge_degree_embedding(
     Returns:
         [rows, (lmax + 1)^2, C].
     """
-    total: Tensor = _EdgeDegreeEmbedding.apply(edges, basis, tables, *weights.including(basis))
+    weights = weights.including(basis)
+    if torch.compiler.is_compiling():
+        total: Tensor = _operation(*radial_arguments(weights, basis), *edge_arguments(edges))
+    else:
+        total = _EdgeDegreeEmbedding.apply(edges, basis, tables, *weights)
     return total / degree

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fairchem_equiformer.ops.radial import EdgeScalars
-from fairchem_equiformer.ops.segments import Chunk
-from fairchem_equiformer.so3.layout import Layout
+from fairchem_equiformer.ops.segments import Chunk, chunks_of
+from fairchem_equiformer.so3.layout import Layout, layout
 from fairchem_equiformer.so3.wigner import expand_rotations
 
 # Bytes of the rotated message input of one chunk, the largest of its intermediates.
@@ -45,27 +45,86 @@ class Edges:
     layout: Layout  # degrees and orders kept in the edge frame
     rotations: Tensor  # [E, n], compact; see so3/wigner.py
     vector: Tensor  # [E, 3] Angstrom, from target to source
-    chunks: tuple[Chunk, ...]
-    rows: slice  # atoms whose features are computed here
+    chunks: tuple[Chunk, ...]  # empty for a compiler, which reads chunk_table
+    first_row: int  # of the atoms whose features are computed here
     batch: Tensor  # [rows], structure of each of them
     num_graphs: int
     share: NodeShare | None = None  # None where all atoms are computed here
+    # The chunks as a tensor [chunks, 6] on the host (ops/segments.py); None without a compiler.
+    chunk_table: Tensor | None = None
     # Edges of a chunk sorted by source, made when first asked for.
     sorted_by_source: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @property
     def num_edges(self) -> int:
         """Number of edges, E."""
-        return len(self.source)
+        return self.source.shape[0]
 
     @property
     def num_rows(self) -> int:
         """Number of atoms whose features are computed here."""
-        return len(self.batch)
+        return self.batch.shape[0]
+
+    @property
+    def rows(self) -> slice:
+        """Atoms whose features are computed here."""
+        return slice(self.first_row, self.first_row + self.num_rows)
 
     def rows_of(self, per_atom: Tensor) -> Tensor:
         """Entries of a tensor [N, ...] for the atoms computed here."""
         return per_atom[self.rows]
+
+
+# The types of what :func:`edge_arguments` gives.
+EDGES_SCHEMA = "Tensor[] edges, int[] layout, SymInt first_row, SymInt num_graphs"
+
+
+def edge_arguments(edges: Edges) -> tuple[list[Tensor], list[int], int, int]:
+    """Edges in types that an operation of PyTorch takes.
+
+    Raises:
+        ValueError: without a ``chunk_table``.
+    """
+    if edges.chunk_table is None:
+        raise ValueError("a compiler needs the edges' chunks as a tensor: see models/on_graph.py")
+    sizes = edges.layout
+    tensors = [
+        *edges.scalars,
+        edges.source,
+        edges.target,
+        edges.target_ptr,
+        edges.rotations,
+        edges.vector,
+        edges.chunk_table,
+        edges.batch,
+    ]
+    return tensors, [sizes.lmax, sizes.mmax, sizes.lmin], edges.first_row, edges.num_graphs
+
+
+def edges_of(
+    tensors: list[Tensor], sizes: list[int], first_row: int, num_graphs: int, *, fake: bool = False
+) -> Edges:
+    """Inverse of :func:`edge_arguments`, without the other processes' share.
+
+    Args:
+        tensors, sizes, first_row, num_graphs: what it gave.
+        fake: the tensors hold no numbers, so that there are no chunks to read.
+    """
+    *scalars, source, target, target_ptr, rotations, vector, chunk_table, batch = tensors
+    return Edges(
+        scalars=EdgeScalars(*scalars),
+        source=source,
+        target=target,
+        target_ptr=target_ptr,
+        layout=layout(*sizes),
+        rotations=rotations,
+        vector=vector,
+        chunks=() if fake else chunks_of(chunk_table),
+        chunk_table=chunk_table,
+        first_row=first_row,
+        batch=batch,
+        num_graphs=num_graphs,
+    )
 
 
 @dataclass(frozen=True)

@@ -9,62 +9,86 @@ backward pass.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops import triton
-from fairchem_equiformer.ops.native import grid_kernels
+from fairchem_equiformer.ops import library, triton
+from fairchem_equiformer.ops.native import GridKernels, grid_kernels
 from fairchem_equiformer.ops.s2_activation import grid_pieces, project
-from fairchem_equiformer.so3.grid import Grid
+from fairchem_equiformer.so3.grid import GRID_SCHEMA, Grid, GridSpec
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.ops.triton.grid_mlp import GridMLPKernels
+
+
+class _Kernels(NamedTuple):
+    """Those that take such a grid and such tensors."""
+
+    on_gpu: GridMLPKernels | None
+    on_cpu: GridKernels | None
+
+
+def _kernels(x: Tensor, weight: Tensor, grid: Grid) -> _Kernels:
+    return _Kernels(triton.grid_mlp_kernels(grid, x, weight), grid_kernels(grid, x))
+
+
+def _forward(x: Tensor, weight: Tensor, grid: Grid, made: _Kernels) -> Tensor:
+    if made.on_gpu is not None:
+        return made.on_gpu.forward(x, weight)
+    kernels = made.on_cpu
+    y = x.new_empty(len(x), grid.from_grid.shape[1], len(weight))
+    for piece in _pieces(x, grid):
+        if kernels is not None:
+            y[piece] = kernels.integral(_mix(kernels.samples(x[piece]), weight.t()))
+            continue
+        first = F.silu(project(grid.to_grid, x[piece]), inplace=True)  # [n, P, C]
+        second = F.silu(_mix(first, weight.t()), inplace=True)
+        project(grid.from_grid.t(), second, out=y[piece])
+    return y
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, grid: Grid, made: _Kernels
+) -> tuple[Tensor, Tensor]:
+    if made.on_gpu is not None:
+        return made.on_gpu.backward(x, weight, grad)
+    kernels = made.on_cpu
+    x_grad = torch.empty_like(x)
+    weight_grad = torch.zeros_like(weight)
+    silu_backward = torch.ops.aten.silu_backward
+    for piece in _pieces(x, grid):
+        if kernels is not None:
+            first = kernels.samples(x[piece])
+            mixed = _mix(first, weight.t())
+            mixed_grad = kernels.integral_backward(mixed, grad[piece])
+            weight_grad.addmm_(mixed_grad.flatten(0, 1).t(), first.flatten(0, 1))
+            x_grad[piece] = kernels.samples_backward(x[piece], _mix(mixed_grad, weight))
+            continue
+        samples = project(grid.to_grid, x[piece])
+        first = F.silu(samples)
+        second_grad = project(grid.from_grid, grad[piece])
+        second_grad = silu_backward(second_grad, _mix(first, weight.t()))
+        weight_grad.addmm_(second_grad.flatten(0, 1).t(), first.flatten(0, 1))
+        first_grad = silu_backward(_mix(second_grad, weight), samples)
+        project(grid.to_grid.t(), first_grad, out=x_grad[piece])
+    return x_grad, weight_grad
 
 
 class _GridMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
-        on_gpu, kernels = triton.grid_mlp_kernels(grid, x, weight), grid_kernels(grid, x)
-        ctx.grid, ctx.kernels, ctx.on_gpu = grid, kernels, on_gpu
+        ctx.made = grid, _kernels(x, weight, grid)
         ctx.save_for_backward(x, weight)
-        if on_gpu is not None:
-            return on_gpu.forward(x, weight)
-        y = x.new_empty(len(x), grid.from_grid.shape[1], len(weight))
-        for piece in _pieces(x, grid):
-            if kernels is not None:
-                y[piece] = kernels.integral(_mix(kernels.samples(x[piece]), weight.t()))
-                continue
-            first = F.silu(project(grid.to_grid, x[piece]), inplace=True)  # [n, P, C]
-            second = F.silu(_mix(first, weight.t()), inplace=True)
-            project(grid.from_grid.t(), second, out=y[piece])
-        return y
+        return _forward(x, weight, *ctx.made)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, weight), grid, kernels = ctx.saved_tensors, ctx.grid, ctx.kernels
-        if ctx.on_gpu is not None:
-            return *ctx.on_gpu.backward(x, weight, grad), None
-        x_grad = torch.empty_like(x)
-        weight_grad = torch.zeros_like(weight)
-        silu_backward = torch.ops.aten.silu_backward
-        for piece in _pieces(x, grid):
-            if kernels is not None:
-                first = kernels.samples(x[piece])
-                mixed = _mix(first, weight.t())
-                mixed_grad = kernels.integral_backward(mixed, grad[piece])
-                weight_grad.addmm_(mixed_grad.flatten(0, 1).t(), first.flatten(0, 1))
-                x_grad[piece] = kernels.samples_backward(x[piece], _mix(mixed_grad, weight))
-                continue
-            samples = project(grid.to_grid, x[piece])
-            first = F.silu(samples)
-            second_grad = project(grid.from_grid, grad[piece])
-            second_grad = silu_backward(second_grad, _mix(first, weight.t()))
-            weight_grad.addmm_(second_grad.flatten(0, 1).t(), first.flatten(0, 1))
-            first_grad = silu_backward(_mix(second_grad, weight), samples)
-            project(grid.to_grid.t(), first_grad, out=x_grad[piece])
-        return x_grad, weight_grad, None
+        return *_backward(grad, *ctx.saved_tensors, *ctx.made), None
 
 
 def _mix(samples: Tensor, matrix: Tensor) -> Tensor:
@@ -77,16 +101,40 @@ def _pieces(x: Tensor, grid: Grid) -> list[slice]:
     return list(grid_pieces(len(x), item_bytes, x.device))
 
 
-def grid_mlp(x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+def _made(x: Tensor, weight: Tensor, *constants: Any) -> tuple[Grid, _Kernels]:
+    """The grid of these constants, and the kernels for it."""
+    grid = GridSpec.of(*constants).matrices(x.dtype, x.device)
+    return grid, _kernels(x, weight, grid)
+
+
+_operation = library.register(
+    "grid_mlp",
+    f"Tensor x, Tensor weight, {GRID_SCHEMA}",
+    lambda x, weight, *constants: _forward(x, weight, *_made(x, weight, *constants)),
+    lambda x, weight, *constants: x.new_empty(
+        x.shape[0], GridSpec.of(*constants).num_wanted, weight.shape[0]
+    ),
+    lambda grad, x, weight, *constants: _backward(
+        grad, x, weight, *_made(x, weight, *constants)
+    ),
+    "x weight",
+)
+
+
+def grid_mlp(x: Tensor, weight: Tensor, grid: GridSpec) -> Tensor:
     """Apply SiLU, a linear layer without bias, and SiLU at every point of the sphere.
 
     Args:
         x: [N, R, C].
         weight: [C, C].
-        grid: in x's dtype, on its device.
+        grid: whose coefficients the rows of x are.
 
     Returns:
         [N, S, C], the coefficients that the grid gives back.
     """
-    out: Tensor = _GridMLP.apply(x, weight.to(x.dtype), grid)
+    weight = weight.to(x.dtype)
+    if torch.compiler.is_compiling():
+        out: Tensor = _operation(x, weight, *grid.constants())
+    else:
+        out = _GridMLP.apply(x, weight, grid.matrices(x.dtype, x.device))
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairchem_equiformer.ops import library
 from fairchem_equiformer.ops.native import (
     GaussianKernels,
     NormSiLUKernels,
@@ -64,7 +65,32 @@ class RadialWeights(NamedTuple):
         """With the parameters of learned Gaussians; the same for fixed ones."""
         if isinstance(basis, GaussianBasis):
             return self
-        return self._replace(**basis._asdict())
+        first: Any = self[: -len(basis)]
+        learned: Any = basis
+        return RadialWeights(*first, *learned)
+
+
+# The types of what :func:`radial_arguments` gives.
+RADIAL_SCHEMA = "Tensor[] weights, bool[] present, Tensor? centers, float coefficient"
+
+
+def radial_arguments(
+    weights: Sequence[Tensor | None], basis: Basis
+) -> tuple[list[Tensor], list[bool], Tensor | None, float]:
+    """Weights, those of the radial function first, and basis, in types that an operation takes."""
+    fixed = isinstance(basis, GaussianBasis)
+    return *library.present(weights), *(basis if fixed else (None, 0.0))
+
+
+def radial_of(
+    tensors: Sequence[Tensor], present: Sequence[bool], centers: Tensor | None, coefficient: float
+) -> tuple[list[Tensor | None], Basis]:
+    """Inverse of :func:`radial_arguments`."""
+    weights = library.with_missing(tensors, present)
+    if centers is not None:
+        return weights, GaussianBasis(centers, coefficient)
+    learned = RadialWeights(*weights[: len(RadialWeights._fields)])[-3:]  # type: ignore[arg-type]
+    return weights, LearnedGaussians(*learned)  # type: ignore[arg-type]
 
 
 class EdgeScalars(NamedTuple):

@@ -5,9 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fairchem_equiformer.ops import library
 from fairchem_equiformer.ops.edges import ChunkFrames
 from fairchem_equiformer.ops.segments import add_rows, segment_sum
-from fairchem_equiformer.so3.layout import Layout
+from fairchem_equiformer.so3 import wigner
+from fairchem_equiformer.so3.layout import Layout, layout
+
+_rotations = library.register(
+    "edge_rotations",
+    "Tensor vector, int[] layout, ScalarType dtype",
+    lambda vector, sizes, dtype: wigner.edge_rotations(vector, layout(*sizes), dtype),
+    lambda vector, sizes, dtype: vector.new_empty(
+        vector.shape[0], wigner.num_entries(layout(*sizes)), dtype=dtype
+    ),
+)
+
+
+def edge_rotations(vector: Tensor, sizes: Layout, dtype: torch.dtype) -> Tensor:
+    """As :func:`fairchem_equiformer.so3.wigner.edge_rotations`. Not differentiable."""
+    if torch.compiler.is_compiling():
+        found: Tensor = _rotations(vector, [sizes.lmax, sizes.mmax, sizes.lmin], dtype)
+        return found
+    return wigner.edge_rotations(vector, sizes, dtype)
 
 
 def rotate_in(x: Tensor, frames: ChunkFrames) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,15 @@ compiled version holds one latitude of one item at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops import native, triton
-from fairchem_equiformer.so3.grid import Grid
+from fairchem_equiformer.ops import library, native, triton
+from fairchem_equiformer.so3.grid import GRID_SCHEMA, Grid, GridSpec
 
 if TYPE_CHECKING:
     from fairchem_equiformer.ops.triton.grid import GridKernels as TritonGridKernels
@@ -43,38 +43,47 @@ def project(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(matrix.expand(len(x), -1, -1), x, out=out)
 
 
+_Kernels = Union["native.GridKernels", "TritonGridKernels", None]
+
+
+def _forward(x: Tensor, gates: Tensor | None, grid: Grid, kernels: _Kernels) -> Tensor:
+    num_scalars = 0 if gates is None else 1
+    out = x.new_empty(len(x), num_scalars + grid.from_grid.shape[1], x.shape[2])
+    if gates is not None:
+        out[:, 0] = F.silu(gates)
+    y = out[:, num_scalars:]
+    if kernels is not None:
+        kernels.activation(x, y)
+        return out
+    for piece in _pieces(x, grid):
+        samples = F.silu(project(grid.to_grid, x[piece]), inplace=True)  # [e, P, C]
+        y[piece] = project(grid.from_grid.t(), samples)
+    return out
+
+
+def _backward(
+    grad: Tensor, x: Tensor, gates: Tensor | None, grid: Grid, kernels: _Kernels
+) -> tuple[Tensor, Tensor | None]:
+    if gates is None:
+        return _through_grid(grad, x, grid, kernels), None
+    gates_grad = torch.ops.aten.silu_backward(grad[:, 0], gates)
+    return _through_grid(grad[:, 1:], x, grid, kernels), gates_grad
+
+
 class _S2Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor | None, grid: Grid) -> Tensor:
-        kernels = triton.grid_kernels(grid, x) or native.grid_kernels(grid, x)
-        ctx.grid, ctx.kernels = grid, kernels
+        ctx.made = grid, _kernels(grid, x)
         ctx.save_for_backward(x, gates)
-        num_scalars = 0 if gates is None else 1
-        out = x.new_empty(len(x), num_scalars + grid.from_grid.shape[1], x.shape[2])
-        if gates is not None:
-            out[:, 0] = F.silu(gates)
-        y = out[:, num_scalars:]
-        if kernels is not None:
-            kernels.activation(x, y)
-            return out
-        for piece in _pieces(x, grid):
-            samples = F.silu(project(grid.to_grid, x[piece]), inplace=True)  # [e, P, C]
-            y[piece] = project(grid.from_grid.t(), samples)
-        return out
+        return _forward(x, gates, *ctx.made)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (x, gates), grid, kernels = ctx.saved_tensors, ctx.grid, ctx.kernels
-        if gates is None:
-            return _backward(x, grad, grid, kernels), None, None
-        gates_grad = torch.ops.aten.silu_backward(grad[:, 0], gates)
-        return _backward(x, grad[:, 1:], grid, kernels), gates_grad, None
+        return *_backward(grad, *ctx.saved_tensors, *ctx.made), None
 
 
-def _backward(
-    x: Tensor, grad: Tensor, grid: Grid, kernels: native.GridKernels | TritonGridKernels | None
-) -> Tensor:
+def _through_grid(grad: Tensor, x: Tensor, grid: Grid, kernels: _Kernels) -> Tensor:
     if kernels is not None:
         return kernels.activation_backward(x, grad)
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -86,35 +95,63 @@ def _backward(
     return x_grad
 
 
+def _kernels(grid: Grid, x: Tensor) -> _Kernels:
+    return triton.grid_kernels(grid, x) or native.grid_kernels(grid, x)
+
+
 def _pieces(x: Tensor, grid: Grid) -> Iterator[slice]:
     item_bytes = len(grid.to_grid) * x.shape[2] * x.element_size()
     return grid_pieces(len(x), item_bytes, x.device)
 
 
-def s2_activation(x: Tensor, grid: Grid) -> Tensor:
+def _made(x: Tensor, *constants: Any) -> tuple[Grid, _Kernels]:
+    """The grid of these constants, and the kernels for it."""
+    grid = GridSpec.of(*constants).matrices(x.dtype, x.device)
+    return grid, _kernels(grid, x)
+
+
+_operation = library.register(
+    "s2_activation",
+    f"Tensor x, Tensor? gates, {GRID_SCHEMA}",
+    lambda x, gates, *constants: _forward(x, gates, *_made(x, *constants)),
+    lambda x, gates, *constants: x.new_empty(
+        x.shape[0], GridSpec.of(*constants).num_wanted + (gates is not None), x.shape[2]
+    ),
+    lambda grad, x, gates, *constants: _backward(grad, x, gates, *_made(x, *constants)),
+    "x gates",
+)
+
+
+def _activation(x: Tensor, gates: Tensor | None, grid: GridSpec) -> Tensor:
+    if torch.compiler.is_compiling():
+        out: Tensor = _operation(x, gates, *grid.constants())
+    else:
+        out = _S2Activation.apply(x, gates, grid.matrices(x.dtype, x.device))
+    return out
+
+
+def s2_activation(x: Tensor, grid: GridSpec) -> Tensor:
     """SiLU on the sphere, channel by channel.
 
     Args:
         x: [B, R, C], R coefficients in the grid's order.
-        grid: in x's dtype, on its device.
+        grid: whose coefficients the rows of x are.
 
     Returns:
         [B, S, C], the coefficients that the grid gives back.
     """
-    out: Tensor = _S2Activation.apply(x, None, grid)
-    return out
+    return _activation(x, None, grid)
 
 
-def separable_s2_activation(x: Tensor, gates: Tensor, grid: Grid) -> Tensor:
+def separable_s2_activation(x: Tensor, gates: Tensor, grid: GridSpec) -> Tensor:
     """SiLU of scalars made from elsewhere, and SiLU on the sphere for the rest (paper, Fig. 2c).
 
     Args:
         x: [B, R, C], R coefficients in the grid's order.
         gates: [B, C], the scalars before their SiLU.
-        grid: that gives back all coefficients but the first, in x's dtype, on its device.
+        grid: that gives back all coefficients but the first.
 
     Returns:
         [B, R, C].
     """
-    out: Tensor = _S2Activation.apply(x, gates, grid)
-    return out
+    return _activation(x, gates, grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,19 @@ def target_chunks(target_ptr: Tensor, max_edges: int, offset: int = 0) -> tuple[
     return tuple(chunks)
 
 
+def table_of(chunks: Sequence[Chunk]) -> Tensor:
+    """Chunks as a tensor [chunks, 6] int64 on the host: an operation takes no slices."""
+    bounds = [[end for part in chunk for end in (part.start, part.stop)] for chunk in chunks]
+    return torch.tensor(bounds, dtype=torch.int64).view(-1, 6)
+
+
+def chunks_of(table: Tensor) -> tuple[Chunk, ...]:
+    """Inverse of :func:`table_of`."""
+    return tuple(
+        Chunk(*(slice(*bounds[i : i + 2]) for i in (0, 2, 4))) for bounds in table.tolist()
+    )
+
+
 def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     """Sum rows of equal segment, in the order of the rows: the same bits at every call.
 
@@ -56,7 +70,7 @@ def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     Returns:
         [S, ...].
     """
-    flat = values.reshape(len(values), math.prod(values.shape[1:]))
+    flat = values.reshape(values.shape[0], math.prod(values.shape[1:]))
     if values.is_cuda and flat.numel():  # index_add_ uses atomics there, in no fixed order
         bounds = torch.arange(num_segments + 1, device=segment.device)
         offsets = torch.searchsorted(segment.contiguous(), bounds)

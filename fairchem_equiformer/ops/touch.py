@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairchem_equiformer.ops import library
+
 
 class _Touch(torch.autograd.Function):
     @staticmethod
@@ -20,6 +22,16 @@ class _Touch(torch.autograd.Function):
         return grad, *zeros
 
 
+_operation = library.register(
+    "touch",
+    "Tensor x, Tensor[] parameters",
+    lambda x, _: x.clone(memory_format=torch.contiguous_format),
+    lambda x, _: x.new_empty(x.shape),
+    lambda grad, _, parameters: [grad.clone(), *map(torch.zeros_like, parameters)],
+    "x parameters",
+)
+
+
 def touch(x: Tensor, *parameters: Tensor) -> Tensor:
     """Return x; in the backward pass, give ``parameters`` a gradient of zero.
 
@@ -27,5 +39,8 @@ def touch(x: Tensor, *parameters: Tensor) -> Tensor:
     Data-parallel training waits for a gradient of each of them, and weight decay acts only on
     parameters that have one.
     """
+    if torch.compiler.is_compiling():  # no operation there returns its argument itself
+        copy: Tensor = _operation(x, list(parameters))
+        return copy
     out: Tensor = _Touch.apply(x, *parameters)
     return out

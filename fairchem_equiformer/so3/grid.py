@@ -14,7 +14,7 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
-from fairchem_equiformer.so3.layout import Layout
+from fairchem_equiformer.so3.layout import Layout, layout
 
 
 class GridFactors(NamedTuple):
@@ -36,6 +36,40 @@ class Grid(NamedTuple):
     to_grid: Tensor  # [P, R]
     from_grid: Tensor  # [P, S]
     factors: GridFactors
+
+
+class GridSpec(NamedTuple):
+    """Which grid: the arguments of :func:`grid` but dtype and device."""
+
+    layout: Layout
+    resolution: int | None = None
+    l_major: bool = False
+    wanted: str = "all"
+
+    def matrices(self, dtype: torch.dtype, device: torch.device) -> Grid:
+        """The grid, made once."""
+        return grid(
+            self.layout, self.resolution, dtype, device, l_major=self.l_major, wanted=self.wanted
+        )
+
+    def constants(self) -> tuple[int, int, int | None, bool, str]:
+        """Itself in types that an operation of PyTorch takes, ``GRID_SCHEMA``."""
+        return self.layout.lmax, self.layout.mmax, *self[1:]
+
+    @property
+    def num_wanted(self) -> int:
+        """Coefficients that it gives back, S."""
+        return len(range(self.layout.num_rows)[_PARTS[self.wanted]])
+
+    @classmethod
+    def of(
+        cls, lmax: int, mmax: int, resolution: int | None, l_major: bool, wanted: str
+    ) -> GridSpec:
+        """Inverse of :meth:`constants`."""
+        return cls(layout(lmax, mmax), resolution, l_major, wanted)
+
+
+GRID_SCHEMA = "int lmax, int mmax, int? resolution, bool l_major, str wanted"
 
 
 def _resolution(layout: Layout, resolution: int | None) -> tuple[int, int]:

@@ -96,6 +96,11 @@ def _tables(layout: Layout, device: torch.device) -> _Tables:
     )
 
 
+def num_entries(layout: Layout) -> int:
+    """Numbers stored for each edge, n."""
+    return sum(2 * degree + 1 for degree, _ in layout.m_major)
+
+
 def edge_rotations(vector: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Wigner matrices of the edges' frames, stored without their zeros.
 

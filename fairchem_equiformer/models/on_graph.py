@@ -1,0 +1,100 @@
+"""A model from its graph on: tensors in, tensors out, for ``torch.compile`` and ``torch.export``.
+
+The search for neighbours stays outside. How many edges there are, and into which chunks they are
+cut, follows from positions: the host has to read it, which ends a compiled graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.graph.edges import chunk_table
+from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
+from fairchem_equiformer.models.hydra import EquiformerV2Hydra
+
+_FIELDS = (
+    "source",
+    "target",
+    "target_ptr",
+    "vector",
+    "distance",
+    "atomic_numbers",
+    "batch",
+    "natoms",
+)
+
+
+class OnGraph(nn.Module):
+    """A model whose arguments are what :meth:`inputs` makes of a batch.
+
+    Args:
+        model: flat, or with heads by name. Shared, not copied.
+    """
+
+    def __init__(self, model: EquiformerV2 | EquiformerV2Hydra) -> None:
+        super().__init__()
+        self.model = model
+
+    def inputs(self, data: Any) -> dict[str, Tensor]:
+        """Arguments of :meth:`forward` for a batch: the fields of its graph, and its chunks.
+
+        Raises:
+            StructureError: for bad input, a ValueError that names structure and value.
+        """
+        base = self.model.base
+        graph, config = base.read(data), base.config
+        table = chunk_table(
+            graph,
+            config.layout,
+            config.sphere_channels,
+            base.sphere_embedding.weight.dtype,
+            config.edges_per_chunk,
+        )
+        tags = {} if graph.tags is None else {"tags": graph.tags}
+        return {name: getattr(graph, name) for name in _FIELDS} | tags | {"chunks": table}
+
+    def exported(self, data: Any) -> ExportedProgram:
+        """The model for ``torch.export.save``, for any number of atoms, edges and structures.
+
+        Args:
+            data: a batch to trace the model with, of two structures at least and in two chunks at
+                least, since PyTorch takes a size of one for a constant.
+        """
+        inputs = self.inputs(data)
+        small = [name for name in ("natoms", "chunks") if inputs[name].shape[0] < 2]
+        if small:
+            raise ValueError(f"{small[0]}: the batch to export with has one, it must have two")
+        edges, atoms = Dim("edges"), Dim("atoms", max=2**31)
+        counts = {"target_ptr": atoms + 1, "natoms": Dim("structures"), "chunks": Dim("chunks")}
+        counts |= dict.fromkeys(("atomic_numbers", "batch", "tags"), atoms)
+        sizes = {name: {0: counts.get(name, edges)} for name in inputs}
+        return export(self, (), inputs, dynamic_shapes=sizes)
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        target_ptr: Tensor,
+        vector: Tensor,
+        distance: Tensor,
+        atomic_numbers: Tensor,
+        batch: Tensor,
+        natoms: Tensor,
+        chunks: Tensor,
+        tags: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Predict as the model does, in the normalised units of training.
+
+        Args:
+            source: [E] and so on: fields of
+                :class:`~fairchem_equiformer.graph.edge_graph.EdgeGraph`.
+            chunks: [chunks, 6] int64, in the host's memory whatever the device.
+        """
+        graph = EdgeGraph(
+            source, target, target_ptr, vector, distance, atomic_numbers, batch, natoms, tags
+        )
+        return self.model.of_graph(graph, chunk_table=chunks)

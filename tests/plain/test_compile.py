@@ -1,0 +1,199 @@
+"""``torch.compile`` and ``torch.export`` of the models, and the operations that they see."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from fairchem_equiformer.graph.batch import Batch
+from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
+from fairchem_equiformer.models.on_graph import OnGraph
+from fairchem_equiformer.ops import library
+from tests.tolerances import assert_all_close
+
+# What PyTorch's compilers say of themselves.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "At pre-dispatch tracing",
+        "The given buffer is not writable",
+        r"`torch\.cpu\.amp\.autocast",
+    )
+]
+
+KEYS = {
+    "max_neighbors": 6,
+    "max_radius": 6.0,
+    "num_layers": 1,
+    "sphere_channels": 16,
+    "attn_hidden_channels": 16,
+    "num_heads": 2,
+    "attn_alpha_channels": 16,
+    "attn_value_channels": 16,
+    "ffn_hidden_channels": 16,
+    "norm_type": "layer_norm_sh",
+    "lmax_list": [2],
+    "mmax_list": [1],
+    "grid_resolution": 8,
+    "edge_channels": 16,
+    "use_grid_mlp": True,
+    "alpha_drop": 0.2,
+    "drop_path_rate": 0.2,
+    "proj_drop": 0.2,
+    "edges_per_chunk": 20,
+}
+OPTIONS = {
+    "separable grid MLP": {},
+    "gate": {"use_gate_act": True, "use_grid_mlp": False, "norm_type": "rms_norm_sh"},
+    "S2": {"use_sep_s2_act": False, "use_grid_mlp": False, "norm_type": "layer_norm"},
+    "separable S2": {"use_grid_mlp": False, "use_m_share_rad": True},
+    "learned Gaussians": {
+        "distance_function": "learnable_gaussian",
+        "share_atom_edge_embedding": True,
+        "use_sep_s2_act": False,
+        "activation_checkpoint": True,
+    },
+    "PyTorch's kernels": {"sphere_channels": 12, "attn_hidden_channels": 8, "edge_channels": 8},
+}
+
+
+def batch(structures: int, atoms: int) -> Batch:
+    """Atoms at random, some of them within reach of none."""
+    total = structures * atoms
+    return Batch(
+        pos=torch.rand(total, 3) * torch.tensor([6.0, 6.0, 14.0]),
+        cell=torch.diag(torch.tensor([6.0, 6.0, 40.0])).repeat(structures, 1, 1),
+        pbc=torch.tensor([True, True, False]).repeat(structures, 1),
+        natoms=torch.full((structures,), atoms),
+        atomic_numbers=torch.randint(1, 80, (total,)),
+    )
+
+
+def flat(**changes) -> EquiformerV2:
+    return EquiformerV2(**{**KEYS, **changes})
+
+
+def step(function, model, autocast=None) -> tuple[dict, dict]:
+    """Results, and gradients of their squares."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    with torch.autocast("cpu", autocast) if autocast else nullcontext():
+        out = function()
+    sum(value.float().square().sum() for value in out.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in out.items()}, gradients
+
+
+def assert_near(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
+    """Results to the bit; sums of gradients may be made in another order."""
+    (results, gradients), (wanted, wanted_gradients) = found, expected
+    assert results.keys() == wanted.keys()
+    assert all(torch.equal(results[name], wanted[name]) for name in wanted)
+    assert_all_close(gradients, wanted_gradients, "gradients")
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    torch._dynamo.reset()
+
+
+class Calls(TorchDispatchMode):
+    """Remembers the arguments of the first call of each of this package's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[torch._ops.OpOverload, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == library.NAMESPACE:
+            self.first.setdefault(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of every operation, by models that take the way of a compiler without one."""
+    found = Calls()
+    for name in ("separable grid MLP", "gate", "separable S2"):
+        model, data = flat(**OPTIONS[name]), batch(1, 7)
+        expected = step(lambda model=model, data=data: model(data), model)
+        on_graph = OnGraph(model)
+        with monkeypatch.context() as patch, found:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            inputs = on_graph.inputs(data)
+            out = step(lambda function=on_graph, inputs=inputs: function(**inputs), model)
+        assert_near(out, expected)
+    return found.first
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def test_what_pytorch_asks_of_an_operation(calls):
+    assert {operation._opname for operation in calls} == library.NAMES
+    for operation, args in calls.items():
+        checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
+        if operation._opname + "_backward" in library.NAMES:
+            args = tree_map_only(torch.Tensor, leaf, args)  # noqa: PLW2901
+            checks.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(operation, args, test_utils=checks)
+
+
+def test_what_has_no_gradient_says_so():
+    vector = torch.randn(3, 3, requires_grad=True)
+    rotations = torch.ops.fairchem_equiformer.edge_rotations(vector, [2, 1, 0], torch.float32)
+    with pytest.raises(NotImplementedError, match="edge_rotations has no gradient"):
+        rotations.sum().backward()
+
+
+def train(options, backend="aot_eager", autocast=None):
+    """A compiled graph's break is an error. The second batch has other sizes."""
+    model = flat(**options)
+    function = torch.compile(OnGraph(model), backend=backend, fullgraph=True)
+    for data in (batch(1, 9), batch(2, 6)):
+        inputs = OnGraph(model).inputs(data)
+        assert len(inputs["chunks"]) > 1
+        found = step(lambda inputs=inputs: function(**inputs), model, autocast)
+        assert_near(found, step(lambda data=data: model(data), model, autocast))
+
+
+def test_a_compiled_training_step():
+    train({})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_compiled_training_steps(options):
+    train(options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_compiled_training_steps_in_bfloat16(options):
+    """Not by AOTAutograd, which rounds between a product and its bias."""
+    train(options, "eager", torch.bfloat16)
+
+
+@pytest.mark.long
+def test_inductor():
+    train({}, "inductor")
+
+
+def test_an_exported_model(tmp_path):
+    """Exported with any sizes, saved, read again, run on others."""
+    model = flat().eval()
+    on_graph = OnGraph(model)
+    file = tmp_path / "model.pt2"
+    with torch.no_grad():
+        torch.export.save(on_graph.exported(batch(2, 6)), file)
+        program = torch.export.load(file).module()
+        for data in (batch(1, 9), batch(3, 5)):
+            found, expected = program(**on_graph.inputs(data)), model(data)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
