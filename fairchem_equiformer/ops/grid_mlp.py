@@ -114,9 +114,7 @@ _operation = library.register(
     lambda x, weight, *constants: x.new_empty(
         x.shape[0], GridSpec.of(*constants).num_wanted, weight.shape[0]
     ),
-    lambda grad, x, weight, *constants: _backward(
-        grad, x, weight, *_made(x, weight, *constants)
-    ),
+    lambda grad, x, weight, *constants: _backward(grad, x, weight, *_made(x, weight, *constants)),
     "x weight",
 )
 

@@ -84,8 +84,8 @@ def _by_kernels(kind: str, x: Tensor, parameters: Sequence[Tensor]) -> Tensor | 
     """By Triton's kernels where they run."""
     if kind != "layer_norm_sh":
         return None
-    weight, *of_scalars = parameters
-    return triton.separable_layer_norm(x, *of_scalars, weight, EPSILON)
+    weight, scalar_weight, scalar_bias = parameters
+    return triton.separable_layer_norm(x, scalar_weight, scalar_bias, weight, EPSILON)
 
 
 def _normalized(kind: str, x: Tensor, *parameters: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from fairchem_equiformer.graph.batch import Batch
 from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
+from fairchem_equiformer.models.heads import EnergyHead, ForceHead
+from fairchem_equiformer.models.hydra import EquiformerV2Hydra
 from fairchem_equiformer.models.on_graph import OnGraph
 from fairchem_equiformer.ops import library
 from tests.tolerances import assert_all_close
@@ -152,9 +154,8 @@ def test_what_has_no_gradient_says_so():
         rotations.sum().backward()
 
 
-def train(options, backend="aot_eager", autocast=None):
+def train(model, backend="aot_eager", autocast=None):
     """A compiled graph's break is an error. The second batch has other sizes."""
-    model = flat(**options)
     function = torch.compile(OnGraph(model), backend=backend, fullgraph=True)
     for data in (batch(1, 9), batch(2, 6)):
         inputs = OnGraph(model).inputs(data)
@@ -164,25 +165,30 @@ def train(options, backend="aot_eager", autocast=None):
 
 
 def test_a_compiled_training_step():
-    train({})
+    train(flat())
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_compiled_training_steps(options):
-    train(options)
+    train(flat(**options))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_compiled_training_steps_in_bfloat16(options):
     """Not by AOTAutograd, which rounds between a product and its bias."""
-    train(options, "eager", torch.bfloat16)
+    train(flat(**options), "eager", torch.bfloat16)
 
 
 @pytest.mark.long
 def test_inductor():
-    train({}, "inductor")
+    train(flat(), "inductor")
+
+
+@pytest.mark.long
+def test_heads_by_name():
+    train(EquiformerV2Hydra(KEYS, {"energy": (EnergyHead, {}), "forces": (ForceHead, {})}))
 
 
 def test_an_exported_model(tmp_path):
