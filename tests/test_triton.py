@@ -309,12 +309,12 @@ def test_products_of_a_gpu(sizes, kind):
 
     @differentiated
     def activation(x, gates):
-        sphere = grid(sizes, 18, x.dtype, DEVICE, wanted="others")
+        sphere = GridSpec(sizes, 18, wanted="others")
         return separable_s2_activation(x, gates, sphere)
 
     @differentiated
     def hidden_layer(x, weight):
-        return grid_mlp(x, weight, grid(full, 18, x.dtype, DEVICE, l_major=True, wanted="others"))
+        return grid_mlp(x, weight, GridSpec(full, 18, l_major=True, wanted="others"))
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
