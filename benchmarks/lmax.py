@@ -7,7 +7,7 @@ over the edges of an atom: on the same edges, without gradients, by this package
 also by e3nn. All orders are kept (Mmax = Lmax).
 
 Prints seconds, peak memory and multiplications of an edge, and for each the exponent of Lmax that
-fits the upper half of the degrees best; appends JSON lines to ``<out>/lmax.jsonl`` and draws
+fits the degrees from the middle one on best; appends JSON lines to ``<out>/lmax.jsonl`` and draws
 ``<out>/lmax.png``. Multiplications are counted from the sizes and do not depend on the machine.
 Channels must be a multiple of 16. Example::
 
@@ -204,8 +204,8 @@ def measure(convolution: Convolution, seconds: float) -> Record:
 
 
 def exponent(by_lmax: dict[int, float]) -> float:
-    """Return the power of Lmax that fits the upper half of the degrees best (least squares)."""
-    chosen = sorted(by_lmax)[len(by_lmax) // 2 - (len(by_lmax) % 2 == 0) :]
+    """Return the power of Lmax that fits best (least squares), from the middle degree on."""
+    chosen = sorted(by_lmax)[(len(by_lmax) - 1) // 2 :]
     if len(chosen) < 2:
         return math.nan
     x = torch.tensor([math.log(degree) for degree in chosen])

@@ -128,9 +128,9 @@ class Equiformer(nn.Module):
         return out
 
     def _max_edges(self) -> int:
-        """Edges of a chunk whose tensor product, the largest of what an edge has, fits a budget."""
+        """Edges of a chunk whose tensor products, of which a message has two, fit a budget."""
         weight = self.norm.weight
-        width = self.edge_degree_embedding.product.irreps_out.dim
+        width = 2 * self.edge_degree_embedding.product.irreps_out.dim
         return self.config.edges_per_chunk or fitting_edges(width, weight.dtype, weight.device)
 
     def _embed(self, graph: EdgeGraph, edges: IrrepsEdges) -> Tensor:
