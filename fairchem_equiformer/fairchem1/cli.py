@@ -13,8 +13,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from fairchem_equiformer import patches_wanted
 from fairchem_equiformer.errors import InputError, StoppedError
-from fairchem_equiformer.fairchem1 import preflight
+from fairchem_equiformer.fairchem1 import patches, preflight
 from fairchem_equiformer.fairchem1.signals import SIGNALLED
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     # Of no use to who runs the command, and printed for each file of each of fairchem's models.
     warnings.filterwarnings("ignore", "You are using `torch.load`", category=FutureWarning)
     setup_logging()
+    if patches_wanted():
+        patches.exchange_the_command()  # the start-up hook has, where it is installed
     try:
         preflight.check(args, overrides)
     except InputError as error:
