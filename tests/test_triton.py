@@ -291,52 +291,50 @@ def test_edge_degree_embedding(sizes, degrees):
     by_kernels_and_exactly(both, torch.randn(len(frames.source), sizes.num_degrees(0), 6))
 
 
-PRODUCTS = {  # dtype, PyTorch's precision of float32, largest error over largest value
-    "float32": (SINGLE, "highest", 1e-5),
-    "TF32": (SINGLE, "high", 1e-2),
-    "bfloat16": (torch.bfloat16, "highest", 8e-2),
-    "float16": (torch.float16, "highest", 1e-2),
-}
+on_gpu = pytest.mark.gpu
+# dtype, PyTorch's precision of float32, largest error over largest value. The interpreter makes all
+# products in float32, and none of halves.
+PRODUCTS = [
+    pytest.param(SINGLE, "highest", 1e-5, id="float32"),
+    pytest.param(SINGLE, "high", 1e-2, id="TF32"),
+    pytest.param(torch.bfloat16, "highest", 8e-2, id="bfloat16", marks=on_gpu),
+    pytest.param(torch.float16, "highest", 1e-2, id="float16", marks=on_gpu),
+]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", PRODUCTS)
-@pytest.mark.parametrize("sizes", [layout(4, 2), layout(6, 3)], ids=str)
-def test_products_of_a_gpu(sizes, kind):
-    """At the published sizes, which the interpreter takes minutes for, or cannot make at all."""
-    dtype, setting, allowed = PRODUCTS[kind]
-    full, channels = layout(sizes.lmax, sizes.lmax), 128
+@pytest.mark.parametrize(("dtype", "setting", "allowed"), PRODUCTS)
+@pytest.mark.parametrize(
+    ("sizes", "channels", "items"),
+    [
+        (layout(2, 1), 8, 2),
+        pytest.param(layout(4, 2), 128, 150, marks=on_gpu),  # the published sizes
+        pytest.param(layout(6, 3), 128, 150, marks=on_gpu),
+    ],
+)
+def test_products(sizes, channels, items, dtype, setting, allowed, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    full = layout(sizes.lmax, sizes.lmax)
 
     @differentiated
     def activation(x, gates):
-        sphere = GridSpec(sizes, 18, wanted="others")
-        return separable_s2_activation(x, gates, sphere)
+        return separable_s2_activation(x, gates, GridSpec(sizes, 18, wanted="others"))
 
     @differentiated
     def hidden_layer(x, weight):
         return grid_mlp(x, weight, GridSpec(full, 18, l_major=True, wanted="others"))
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        for function, inputs in (
-            (activation, (torch.randn(70, sizes.num_rows, channels), torch.randn(70, channels))),
-            (
-                hidden_layer,
-                (
-                    torch.randn(150, full.num_coefficients, channels),
-                    torch.randn(channels, channels),
-                ),
-            ),
-        ):
-            drawn = [x.to(DEVICE, dtype) / x.shape[-1] ** 0.25 for x in inputs]
-            for ours, exact in zip(
-                function(*drawn), function(*(x.double() for x in drawn)), strict=True
-            ):
-                assert ours.dtype == dtype
-                assert relative_error(ours, exact) < allowed
-    finally:
-        torch.set_float32_matmul_precision(before)
+    drawn = [
+        torch.randn(*shape, device=DEVICE).to(dtype) / channels**0.25
+        for shape in (
+            *((items, sizes.num_rows, channels), (items, channels)),
+            *((items, full.num_coefficients, channels), (channels, channels)),
+        )
+    ]
+    for function, inputs in ((activation, drawn[:2]), (hidden_layer, drawn[2:])):
+        exact = function(*(x.double() for x in inputs))
+        for found, expected in zip(function(*inputs), exact, strict=True):
+            assert found.dtype == dtype
+            assert relative_error(found, expected) < allowed
 
 
 @pytest.mark.parametrize("name", ["separable s2", "gate", "s2"])
