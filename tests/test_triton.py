@@ -229,6 +229,7 @@ def test_s2_activation(sizes, resolution, kind, wanted, items):
         (layout(3, 3), 8, "all", 20, 1),
         (layout(3, 3), 8, "others", 5, 3),
         (layout(3, 3), 8, "scalars", 20, 3),
+        (layout(8, 8), None, "others", 3, 1),
     ],
 )
 def test_grid_mlp(sizes, resolution, wanted, channels, atoms, monkeypatch):
@@ -260,7 +261,7 @@ def test_gates(items, channels, l_major):
 
 
 @pytest.mark.parametrize(
-    ("lmax", "channels", "atoms"), [(1, 5, 0), (1, 5, 5), (2, 8, 1), (2, 8, 5), (3, 3, 5)]
+    ("lmax", "channels", "atoms"), [(1, 5, 0), (1, 5, 5), (2, 8, 1), (2, 8, 5), (8, 3, 3)]
 )
 def test_norm(lmax, channels, atoms, monkeypatch):
     monkeypatch.setattr(norm_module, "PROGRAMS", 2)  # fewer than atoms
@@ -343,6 +344,30 @@ def test_products(sizes, channels, items, dtype, setting, allowed, monkeypatch):
         for found, expected in zip(function(*inputs), exact, strict=True):
             assert found.dtype == dtype
             assert relative_error(found, expected) < allowed
+
+
+@pytest.mark.long
+def test_messages_and_sums_at_lmax_8():
+    sizes = layout(8, 8)
+    frames = frames_of([2, 0, 1], sizes)
+    edges, weights = len(frames.source), sum(sizes.num_degrees(m) for m in range(9))
+
+    def both(x, radial, grad):
+        turned = in_dtype(frames, x.dtype)
+        scaled, sent = message(x, turned, radial, sizes, by_degree=False)
+        x_grad = torch.zeros_like(x)
+        radial_grad = message_backward(grad, sent, x, x_grad, sizes, by_degree=False)
+        values, alpha = scaled.unflatten(2, (2, 3)), radial[:, 0, :2]
+        summed = aggregate(values, alpha, turned, sizes)
+        gradients = aggregate_backward(summed, values, alpha, turned, sizes)
+        return scaled, radial_grad, x_grad, summed, *gradients
+
+    by_kernels_and_exactly(
+        both,
+        torch.randn(3, sizes.num_coefficients, 3),
+        torch.randn(edges, weights, 6),
+        torch.randn(edges, sizes.num_rows, 6),
+    )
 
 
 @pytest.mark.parametrize("name", ["separable s2", "gate", "s2"])
