@@ -370,6 +370,14 @@ def test_it_can_be_turned_off(recordings, monkeypatch, caplog):
     assert len(says(caplog)) == 1
 
 
+@pytest.mark.usefixtures("recordings")
+def test_a_misspelt_choice_is_refused(monkeypatch):
+    monkeypatch.setenv(recorded_module.VARIABLE, "of")
+    model = ours().eval()
+    with FrozenWeights().used_by(model), pytest.raises(ValueError, match="'of', it must be on or"):
+        predict(model, three_slabs())
+
+
 @pytest.mark.parametrize("why", ["weights that may change", "training", "gradients"])
 def test_nothing_is_recorded_with(why, recordings):
     model, frozen = ours().eval(), FrozenWeights()

@@ -136,8 +136,15 @@ class Replays:
 
 
 def why_not(base: EquiformerV2Backbone, graph: EdgeGraph, sizes: Sizes, data: Any) -> str:
-    """What keeps a pass from being recorded; empty if nothing does."""
-    if os.environ.get(VARIABLE, "on") == "off":
+    """What keeps a pass from being recorded; empty if nothing does.
+
+    Raises:
+        ValueError: if the variable in the environment is neither on nor off.
+    """
+    choice = os.environ.get(VARIABLE, "on")
+    if choice not in ("on", "off"):
+        raise ValueError(f"{VARIABLE} is {choice!r}, it must be on or off")
+    if choice == "off":
         return f"{VARIABLE} is off"
     if base.node_share(graph) is not None:
         return "the atoms are spread over several processes"
