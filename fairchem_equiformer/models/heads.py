@@ -72,7 +72,7 @@ class EnergyHead(nn.Module):
 
     def forward(self, data: Any, emb: Embedding) -> dict[str, Tensor]:  # noqa: ARG002
         """[B], keyed by ``output_name``."""
-        energy = sum_energy(cast("FeedForward", self.get_submodule(self.block_name)), emb)
+        energy = sum_energy(cast("FeedForward", getattr(self, self.block_name)), emb)
         divisor = self.average_num_nodes if self.reduce == "sum" else emb.graph.natoms
         return {self.output_name: energy / divisor}
 

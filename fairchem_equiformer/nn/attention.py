@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fairchem_equiformer.nn.autocast import without_autocast
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
 from fairchem_equiformer.nn.frozen import kept
 from fairchem_equiformer.nn.radial import ElementEmbedding, RadialFunction
@@ -143,7 +144,7 @@ class GraphAttention(nn.Module):
         if self.out_degree is None:
             projected: Tensor = self.proj(y)
             return projected
-        with torch.autocast(y.device.type, enabled=False):  # a result keeps its digits
+        with without_autocast(y.device):  # a result keeps its digits
             y = y.to(self.proj.weight.dtype) @ self.proj.weight[self.out_degree].t()
         higher_orders = self.so2_conv_2.weights()[0][self.out_degree + 1 :]
         return touch(y, self.proj.bias, *higher_orders)

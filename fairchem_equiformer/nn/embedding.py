@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from fairchem_equiformer.nn.autocast import without_autocast
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
 from fairchem_equiformer.nn.frozen import kept
 from fairchem_equiformer.nn.radial import ElementEmbedding, RadialFunction
@@ -52,7 +52,7 @@ class EdgeDegreeEmbedding(nn.Module):
 
         It has a few of the model's products, and all nodes begin with its sums and rotations.
         """
-        with torch.autocast(inputs.edges.vector.device.type, enabled=False):
+        with without_autocast(inputs.edges.vector.device):
             return self._embedding(inputs)
 
     def _embedding(self, inputs: EdgeInputs) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairchem_equiformer.nn.autocast import without_autocast
 from fairchem_equiformer.nn.frozen import once
 from fairchem_equiformer.nn.so3_linear import SO3Linear
 from fairchem_equiformer.ops.gate import gate_activation
@@ -66,7 +67,7 @@ class FeedForward(nn.Module):
         if not self.scalars_only:
             return so3_linear(self._hidden(x), self._second_weight(x), self.so3_linear_2.bias)
         hidden = self._scalars(x)
-        with torch.autocast(x.device.type, enabled=False):  # a result keeps its digits
+        with without_autocast(x.device):  # a result keeps its digits
             weight = self._second_weight(x)[:1]
             return so3_linear(hidden.to(weight.dtype), weight, self.so3_linear_2.bias)
 
