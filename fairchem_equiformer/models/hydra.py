@@ -51,7 +51,7 @@ class EquiformerV2Hydra(nn.Module):
         embedding = self.backbone.embed_graph(graph, data, **chunks)
         outputs: dict[str, Tensor] = {}
         for head in self.output_heads.values():
-            outputs |= head(data, embedding)
+            outputs.update(head(data, embedding))
         return outputs
 
     def atom_results(self) -> set[str]:
