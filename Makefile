@@ -125,7 +125,9 @@ test-wheel: wheel
 
 soak: install
 	@$(BIN)/python -W ignore -m tests.soak --kills 21
-	@$(BIN)/python -m pytest -m long tests/test_saving.py tests/test_reliability.py
+	@$(BIN)/python -m pytest -m long tests/test_saving.py tests/test_reliability.py tests/test_ranks.py
+	@$(BIN)/python -m pytest --hypothesis-profile=soak tests/test_any_structure.py
+	@$(BIN)/python -W ignore -m tests.long_runs --steps 2000
 
 lint: install
 	@$(BIN)/ruff check .

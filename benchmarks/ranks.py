@@ -15,8 +15,9 @@ import functools
 import json
 import logging
 import os
-import resource
 import tempfile
+import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MB = 1e6
+OUT_OF_MEMORY = 137  # status of a process that was killed for its memory
 
 
 @dataclass
@@ -84,7 +86,7 @@ def step(rank: int, ranks: int, config: str, atoms: int, budget: int, folder: st
     """Make one training step as one of so many ranks, and write a :class:`Result`.
 
     Args:
-        budget: bytes that may be allocated above the model; 0 for any number.
+        budget: bytes that may be resident above the model; 0 for any number.
     """
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -95,22 +97,35 @@ def step(rank: int, ranks: int, config: str, atoms: int, budget: int, folder: st
     keys = model_config(config)
     bare = registry.get_model_class("fairchem_equiformer.EquiformerV2")(**keys)
     model = DistributedDataParallel(bare)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    data = batch_of(atoms, 1)
+    differentiate(model, 13)  # leaves gradients, and the tables of the first call, in their place
     traffic, meter = Traffic(), CpuMeter()
     traffic.start()
     before = meter.allocated()
     meter.reset_peak()
     if budget:
-        limit = CpuMeter._status("VmData") + budget  # noqa: SLF001
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    out = model(data)
-    (out["energy"].abs().mean() + 100 * out["forces"].norm(dim=-1).mean()).backward()
+        end_beyond(before + budget)
+    differentiate(model, atoms)
     result = Result(
         meter.peak() - before, traffic.calls, traffic.gathered, traffic.summed, bare.num_layers
     )
     Path(folder, f"{rank}.json").write_text(json.dumps(asdict(result)))
+
+
+def differentiate(model: torch.nn.Module, atoms: int) -> None:
+    """The forward and backward pass of a training step on one slab."""
+    out = model(batch_of(atoms, 1))
+    (out["energy"].abs().mean() + 100 * out["forces"].norm(dim=-1).mean()).backward()
+
+
+def end_beyond(limit: int) -> None:
+    """End this process, as a container does, once more than so many bytes are resident."""
+
+    def watch() -> None:
+        while CpuMeter._status("VmRSS") <= limit:  # noqa: SLF001
+            time.sleep(0.002)
+        os._exit(OUT_OF_MEMORY)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def on_ranks(ranks: int, config: str, atoms: int, budget: int = 0) -> list[Result] | str:
@@ -119,8 +134,10 @@ def on_ranks(ranks: int, config: str, atoms: int, budget: int = 0) -> list[Resul
         arguments = (ranks, config, atoms, budget, folder)
         try:
             torch.multiprocessing.start_processes(step, arguments, ranks, start_method="fork")
-        except torch.multiprocessing.ProcessRaisedException as error:
-            return str(error).strip().splitlines()[-1]
+        except torch.multiprocessing.ProcessExitedException as error:
+            if error.exit_code != OUT_OF_MEMORY:
+                raise
+            return "does not fit"
         files = [Path(folder, f"{rank}.json") for rank in range(ranks)]
         return [Result(**json.loads(file.read_text())) for file in files]
 
