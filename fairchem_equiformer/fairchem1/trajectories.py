@@ -22,6 +22,7 @@ import torch
 from ase.io import Trajectory
 from fairchem.core.common import distutils, gp_utils
 from fairchem.core.datasets import data_list_collater
+from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import Data
 
 from fairchem_equiformer.errors import StoppedError
@@ -72,6 +73,9 @@ def only_the_rest(original: Callable[..., Batch]) -> Callable[..., Any]:
     """For ``ml_relax`` of the trainer: relax what has no trajectory, and give it with the rest."""
 
     def ml_relax(batch: Batch, model: Any, **settings: Any) -> Any:
+        # Its first call would wait for that of the other ranks, which may have nothing to relax.
+        if isinstance(wrapped := getattr(model, "model", None), DistributedDataParallel):
+            wrapped.require_forward_param_sync = False
         folder = (settings.get("relax_opt") or {}).get("traj_dir")
         frames = _known(batch, Path(folder), model.device) if folder else {}
         if not frames:
