@@ -182,11 +182,6 @@ def test_compiled_training_steps_in_bfloat16(options):
 
 
 @pytest.mark.long
-def test_inductor():
-    train(flat(), "inductor")
-
-
-@pytest.mark.long
 def test_heads_by_name():
     train(EquiformerV2Hydra(KEYS, {"energy": (EnergyHead, {}), "forces": (ForceHead, {})}))
 
