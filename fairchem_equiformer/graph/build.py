@@ -324,13 +324,22 @@ def _warn_of_cut_ties(structures: _Structures, cut: Tensor) -> None:
     )
 
 
+def _image_offset(image: Tensor, cell: Tensor) -> Tensor:
+    """``image @ cell``, [E, 3] Angstrom, rounded as fairchem does it.
+
+    But not on a GPU, where a matrix product may be rounded to TF32: that moves images by 0.01
+    Angstrom.
+    """
+    if not cell.is_cuda:
+        return torch.bmm(image.unsqueeze(1), cell).squeeze(1)
+    a, b, c = (image.unsqueeze(2) * cell).unbind(dim=1)
+    return (a + b) + c
+
+
 def _edge_graph(structures: _Structures, edges: NeighborList, tags: Tensor | None) -> EdgeGraph:
     source, target, image, _ = edges
     pos, cell = structures.pos, structures.cell[structures.batch[target]]
-    # No matrix product, which a GPU may round to TF32: that moves images by 0.01 Angstrom.
-    a, b, c = (image.to(cell.dtype).unsqueeze(2) * cell).unbind(dim=1)
-    offset = (a + b) + c
-    vector = pos[source] - pos[target] + offset.to(pos.dtype)
+    vector = pos[source] - pos[target] + _image_offset(image.to(cell.dtype), cell).to(pos.dtype)
     distance = vector.norm(dim=-1)
     _check_distances(structures, edges, distance)
     atoms = torch.arange(len(pos) + 1, device=target.device)
