@@ -17,13 +17,12 @@ from ase.constraints import FixAtoms
 from fairchem.core.common import distutils
 from fairchem.core.modules.evaluator import Evaluator
 from fairchem.core.scripts import make_submission_file
-from fairchem.core.trainers import ocp_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Data
 
 from fairchem_equiformer.errors import InputError
-from fairchem_equiformer.fairchem1 import cli
+from fairchem_equiformer.fairchem1 import cli, relaxation
 from fairchem_equiformer.leaderboard import form, metrics, split, systems
 from fairchem_equiformer.leaderboard.__main__ import main
 from fairchem_equiformer.leaderboard.form import Form
@@ -568,15 +567,15 @@ class TestBoards:
     def test_an_interrupted_relaxation_goes_on(self, workspace, tmp_path, monkeypatch):
         """The first of two batches is kept; the results are those of an uninterrupted run."""
         batches = []
-        relax = ocp_trainer.ml_relax
+        relax = relaxation.LBFGS.run
 
-        def interrupted(*args, **kwargs):
-            batches.append(kwargs["batch"].sid.tolist())
+        def interrupted(optimizer, *args, **kwargs):
+            batches.append(optimizer.optimizable.batch.sid.tolist())
             if len(batches) == 2:
                 raise KeyboardInterrupt
-            return relax(*args, **kwargs)
+            return relax(optimizer, *args, **kwargs)
 
-        monkeypatch.setattr(ocp_trainer, "ml_relax", interrupted)
+        monkeypatch.setattr(relaxation.LBFGS, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(workspace, tmp_path / "halves", "id", parts=["is2re"])
         distutils.cleanup()  # as the end of the process would
