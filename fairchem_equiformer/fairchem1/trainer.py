@@ -8,6 +8,8 @@ from fairchem.core.models.equiformer_v2.trainers.energy_trainer import Equiforme
 from fairchem.core.models.equiformer_v2.trainers.forces_trainer import EquiformerV2ForcesTrainer
 from fairchem.core.modules.normalization.normalizer import create_normalizer
 
+from fairchem_equiformer.errors import StoppedError
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch
@@ -71,7 +73,7 @@ class GradientForcesTrainer(EquiformerV2ForcesTrainer):
         """Read or fit fairchem's, and add that of the forces."""
         super().load_references_and_normalizers()
         if "forces" in self.normalizers:
-            raise ValueError(
+            raise StoppedError(
                 "dataset.train.transforms.normalizer has `forces`, which this trainer scales as"
                 " the energy: delete it"
             )
