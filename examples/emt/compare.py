@@ -180,7 +180,7 @@ def train_and_test(
 def test_set(comparison: Comparison) -> Path:
     """A folder that holds the four test sets."""
     folder = comparison.folder / "test_sets"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for index, split in enumerate(run.SPLITS):
         link = folder / f"data.{index:04d}.lmdb"
         if not link.is_symlink():
@@ -326,6 +326,7 @@ def compare(comparison: Comparison, seeds: Sequence[int]) -> str:
     models = read_versions()
     jobs = [(name, model, seed) for seed in seeds for name, model in models.items()]
     comparison.count = len(jobs)
+    test_set(comparison)  # all share it
     with ThreadPoolExecutor(comparison.processes) as pool:
         futures = [pool.submit(train_and_test, comparison, *job) for job in jobs]
         try:
