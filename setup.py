@@ -44,7 +44,7 @@ class BuildKernels(build_ext):
         empty.write_text("")
         name = "libtorch_cpu.so"
         self.compiler.link_shared_object(
-            self.compiler.compile([str(empty)]),
+            self.compiler.compile([str(empty)], output_dir=str(folder)),
             str(folder / name),
             extra_postargs=[f"-Wl,-soname,{name}"],
         )
