@@ -62,7 +62,7 @@ class GradientForcesTrainer(EquiformerV2ForcesTrainer):
     the config says of the energy. It says nothing of the forces.
 
     Raises:
-        ValueError: if the config has a normaliser of the forces.
+        StoppedError: if the config has a normaliser of the forces.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
