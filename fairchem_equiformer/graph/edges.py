@@ -9,7 +9,7 @@ from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.ops.edges import Edges, NodeShare, edges_per_chunk
 from fairchem_equiformer.ops.radial import EdgeScalars
 from fairchem_equiformer.ops.rotate import edge_rotations
-from fairchem_equiformer.ops.segments import Chunk, table_of, target_chunks
+from fairchem_equiformer.ops.segments import Chunk, target_chunks
 from fairchem_equiformer.so3.layout import Layout
 
 
@@ -34,8 +34,9 @@ def prepare_edges(
         max_edges: edges per chunk; by default as many as fit the device's budget.
         share: the atoms whose features are computed here, by default all.
         at_once: all edges of all atoms are one chunk; the host then reads nothing of a GPU.
-        chunk_table: of :func:`chunk_table`, for the edges of all atoms, where a compiler looks on.
-            The host then reads nothing of the graph.
+        chunk_table: the chunks of all atoms' edges, where a compiler looks on: [chunks, 6] on the
+            host, of :func:`~fairchem_equiformer.ops.segments.table_of`. The host then reads nothing
+            of the graph.
     """
     rows = slice(0, graph.num_nodes) if share is None else share.rows
     pointers = graph.target_ptr[rows.start : rows.stop + 1]
@@ -68,12 +69,3 @@ def prepare_edges(
         share=share,
         chunk_table=chunk_table,
     )
-
-
-def chunk_table(
-    graph: EdgeGraph, layout: Layout, channels: int, dtype: torch.dtype, max_edges: int | None
-) -> Tensor:
-    """The chunks that :func:`prepare_edges` would make for all atoms: [chunks, 6] on the host."""
-    if max_edges is None:
-        max_edges = edges_per_chunk(layout, channels, dtype, graph.vector.device)
-    return table_of(target_chunks(graph.target_ptr, max_edges))

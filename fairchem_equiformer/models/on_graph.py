@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
-from fairchem_equiformer.graph.edges import chunk_table
 from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
 from fairchem_equiformer.models.hydra import EquiformerV2Hydra
+from fairchem_equiformer.ops.segments import table_of, target_chunks
 
 _FIELDS = (
     "source",
@@ -46,14 +46,9 @@ class OnGraph(nn.Module):
             StructureError: for bad input, a ValueError that names structure and value.
         """
         base = self.model.base
-        graph, config = base.read(data), base.config
-        table = chunk_table(
-            graph,
-            config.layout,
-            config.sphere_channels,
-            base.sphere_embedding.weight.dtype,
-            config.edges_per_chunk,
-        )
+        graph = base.read(data)
+        most = base.edges_at_once(graph.vector.device)
+        table = table_of(target_chunks(graph.target_ptr, most))
         tags = {} if graph.tags is None else {"tags": graph.tags}
         return {name: getattr(graph, name) for name in _FIELDS} | tags | {"chunks": table}
 
