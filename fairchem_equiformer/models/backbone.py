@@ -12,7 +12,7 @@ from fairchem_equiformer.graph.build import NUM_TAGS, build_graph
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.models.config import AVERAGE_DEGREE, AVERAGE_NUM_NODES, ModelConfig
 from fairchem_equiformer.models.load_hooks import drop_derived, explain_misfits
-from fairchem_equiformer.models.weight_decay import no_weight_decay
+from fairchem_equiformer.models.model import Model
 from fairchem_equiformer.nn.block import TransformerBlock
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
 from fairchem_equiformer.nn.embedding import EdgeDegreeEmbedding
@@ -25,7 +25,6 @@ from fairchem_equiformer.ops.edges import edges_per_chunk
 
 if TYPE_CHECKING:
     from fairchem_equiformer.graph.edge_graph import EdgeGraph
-    from fairchem_equiformer.ops.edges import NodeShare
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Embedding:
     inputs: EdgeInputs
 
 
-class EquiformerV2Backbone(nn.Module):
+class EquiformerV2Backbone(Model):
     """Embedding, blocks and final norm: a batch in, node features out (paper, Fig. 1a).
 
     Args:
@@ -163,22 +162,6 @@ class EquiformerV2Backbone(nn.Module):
     def further_inputs(self, data: Any, graph: EdgeGraph) -> Tensor | None:  # noqa: ARG002
         """What else the nodes start from: [N, (lmax + 1)^2, C], or None."""
         return None
-
-    def node_share(self, graph: EdgeGraph) -> NodeShare | None:  # noqa: ARG002
-        """The atoms whose features this process computes; None for all.
-
-        A framework that spreads the atoms of a batch over processes overrides this.
-        """
-        return None
-
-    @property
-    def num_params(self) -> int:
-        """Number of parameters, trainable or not."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone."""
-        return no_weight_decay(self)
 
 
 def distance_expansion(config: ModelConfig) -> GaussianSmearing | LearnableGaussianSmearing:

@@ -14,8 +14,8 @@ from fairchem_equiformer.graph.build import NUM_TAGS, build_graph
 from fairchem_equiformer.models.config_v1 import EquiformerConfig
 from fairchem_equiformer.models.derivatives import with_derivatives
 from fairchem_equiformer.models.load_hooks import explain_misfits
+from fairchem_equiformer.models.model import Model
 from fairchem_equiformer.models.readouts import of_all_atoms, sum_over_structures
-from fairchem_equiformer.models.weight_decay import no_weight_decay
 from fairchem_equiformer.nn.irreps.attention import GraphAttention
 from fairchem_equiformer.nn.irreps.block import IrrepsBlock
 from fairchem_equiformer.nn.irreps.edges import IrrepsEdges, irreps_edges
@@ -29,7 +29,6 @@ from fairchem_equiformer.so3.irreps import SCALAR, channels_of
 
 if TYPE_CHECKING:
     from fairchem_equiformer.graph.edge_graph import EdgeGraph
-    from fairchem_equiformer.ops.edges import NodeShare
 
 _BASES = {
     "learnable_gaussian": LearnableGaussianSmearing,
@@ -37,7 +36,7 @@ _BASES = {
 }
 
 
-class Equiformer(nn.Module):
+class Equiformer(Model):
     """Equiformer: energies and, where asked for, forces, stress and other vectors of atoms.
 
     Args:
@@ -141,19 +140,3 @@ class Equiformer(nn.Module):
             atoms = atoms + self.tag_embedding(edges.rows_of(graph.tags))
         width = atoms.shape[1]
         return torch.cat([x[:, :width] + atoms, x[:, width:]], dim=1)
-
-    def node_share(self, graph: EdgeGraph) -> NodeShare | None:  # noqa: ARG002
-        """The atoms whose features this process computes; None for all.
-
-        A framework that spreads the atoms of a batch over processes overrides this.
-        """
-        return None
-
-    @property
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone."""
-        return no_weight_decay(self)
