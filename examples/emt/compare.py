@@ -102,6 +102,11 @@ class Comparison:
     done: int = 0
     count: int = 0
 
+    @property
+    def test_sets(self) -> Path:
+        """Folder that holds the four test sets, see :func:`link_test_sets`."""
+        return self.folder / "test_sets"
+
     def say(self, text: str) -> None:
         """Print a line with the minutes since the start and how many trainings are done."""
         minutes = (time.monotonic() - self.start) / 60
@@ -162,7 +167,7 @@ def train_and_test(
         fairchem(comparison, label, config, ("train", identifier, *options))
         seconds = time.monotonic() - start
         weights = comparison.folder / "checkpoints" / identifier / "best_checkpoint.pt"
-        options = [f"--dataset.val.src={test_set(comparison)}", "--checkpoint", str(weights)]
+        options = [f"--dataset.val.src={comparison.test_sets}", "--checkpoint", str(weights)]
         options += [f"--dataset.train.src={comparison.data / 's2ef' / 'train'}"]
         output = fairchem(comparison, label, config, ("validate", f"{identifier}-test", *options))
         errors = run.validation_errors(output)
@@ -177,15 +182,13 @@ def train_and_test(
     return result
 
 
-def test_set(comparison: Comparison) -> Path:
-    """A folder that holds the four test sets."""
-    folder = comparison.folder / "test_sets"
-    folder.mkdir(parents=True, exist_ok=True)
+def link_test_sets(comparison: Comparison) -> None:
+    """Put the four test sets into one folder, which all trainings are tested on."""
+    comparison.test_sets.mkdir(parents=True, exist_ok=True)
     for index, split in enumerate(run.SPLITS):
-        link = folder / f"data.{index:04d}.lmdb"
+        link = comparison.test_sets / f"data.{index:04d}.lmdb"
         if not link.is_symlink():
             link.symlink_to(comparison.data / "s2ef" / f"test_{split}" / "data.0000.lmdb")
-    return folder
 
 
 def fairchem(comparison: Comparison, label: str, config: Path, call: tuple[str, ...]) -> str:
@@ -326,7 +329,7 @@ def compare(comparison: Comparison, seeds: Sequence[int]) -> str:
     models = read_versions()
     jobs = [(name, model, seed) for seed in seeds for name, model in models.items()]
     comparison.count = len(jobs)
-    test_set(comparison)  # all share it
+    link_test_sets(comparison)
     with ThreadPoolExecutor(comparison.processes) as pool:
         futures = [pool.submit(train_and_test, comparison, *job) for job in jobs]
         try:
