@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# Matrix products of our own, which some processors have better ones for.
+PRODUCTS = {"matrix_products", "pack_matrix"}
+
+
 class _Watched:
     """The library; remembers which of the functions that compute were called."""
 

@@ -52,6 +52,7 @@ from fairchem_equiformer.ops.radial import (
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
 from fairchem_equiformer.ops.segments import Chunk
 from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
+from fairchem_equiformer.ops.so2_packed import PackedSO2Weights
 from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import Layout, layout
 
@@ -204,9 +205,9 @@ class _Layer:
 class _Convolutions(NamedTuple):
     """Weights and biases of the SO(2) layers, in the dtype of the matrix products."""
 
-    first: SO2Weights
+    first: SO2Weights | PackedSO2Weights
     first_bias: Tensor
-    second: SO2Weights
+    second: SO2Weights | PackedSO2Weights
     second_bias: Tensor
 
     @classmethod
@@ -412,7 +413,7 @@ class _Backward:
         self,
         grad: Tensor,
         x: Tensor,
-        weights: SO2Weights,
+        weights: SO2Weights | PackedSO2Weights,
         sums: Sequence[Tensor],
         bias_sum: Tensor,
     ) -> Tensor:

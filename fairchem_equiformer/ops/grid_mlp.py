@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops import library, triton
+from fairchem_equiformer.ops.linear import add_product, product
 from fairchem_equiformer.ops.native import GridKernels, grid_kernels
 from fairchem_equiformer.ops.s2_activation import grid_pieces, project
 from fairchem_equiformer.so3.grid import GRID_SCHEMA, Grid, GridSpec
@@ -65,14 +66,14 @@ def _backward(
             first = kernels.samples(x[piece])
             mixed = _mix(first, weight.t())
             mixed_grad = kernels.integral_backward(mixed, grad[piece])
-            weight_grad.addmm_(mixed_grad.flatten(0, 1).t(), first.flatten(0, 1))
+            add_product(weight_grad, mixed_grad.flatten(0, 1).t(), first.flatten(0, 1))
             x_grad[piece] = kernels.samples_backward(x[piece], _mix(mixed_grad, weight))
             continue
         samples = project(grid.to_grid, x[piece])
         first = F.silu(samples)
         second_grad = project(grid.from_grid, grad[piece])
         second_grad = silu_backward(second_grad, _mix(first, weight.t()))
-        weight_grad.addmm_(second_grad.flatten(0, 1).t(), first.flatten(0, 1))
+        add_product(weight_grad, second_grad.flatten(0, 1).t(), first.flatten(0, 1))
         first_grad = silu_backward(_mix(second_grad, weight), samples)
         project(grid.to_grid.t(), first_grad, out=x_grad[piece])
     return x_grad, weight_grad
@@ -93,7 +94,7 @@ class _GridMLP(torch.autograd.Function):
 
 def _mix(samples: Tensor, matrix: Tensor) -> Tensor:
     """Channels of all points times one matrix: [n, P, C] and [C, D] to [n, P, D]."""
-    return torch.mm(samples.flatten(0, 1), matrix).view(*samples.shape[:2], matrix.shape[1])
+    return product(samples.flatten(0, 1), matrix).view(*samples.shape[:2], matrix.shape[1])
 
 
 def _pieces(x: Tensor, grid: Grid) -> list[slice]:

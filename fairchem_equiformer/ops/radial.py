@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops import library
+from fairchem_equiformer.ops.linear import Linear
 from fairchem_equiformer.ops.native import (
     GaussianKernels,
     NormSiLUKernels,
@@ -119,8 +121,8 @@ def gaussians(distance: Tensor, basis: Basis) -> Tensor:
     return basis.height * torch.exp((-offset.square()).clamp(min=_LEAST_EXPONENT))
 
 
-class RadialTables(NamedTuple):
-    """What the edges read of the weights, made once for all of them; fields as above."""
+class _Tables(NamedTuple):
+    """Fields as above."""
 
     gaussians: Tensor  # [B, H], weights of the first layer
     source: Tensor | None  # [elements, H], embedding times weight
@@ -137,6 +139,20 @@ class RadialTables(NamedTuple):
     slope: Tensor | None
     shift: Tensor | None
     height: Tensor | None
+
+
+class RadialTables(_Tables):
+    """What the edges read of the weights, made once for all of them."""
+
+    @cached_property
+    def second_layer(self) -> Linear:
+        """To the second hidden layer."""
+        return Linear(self.weight_2, self.bias_2)
+
+    @cached_property
+    def last_layer(self) -> Linear:
+        """To the radial weights."""
+        return Linear(self.weight_3, self.bias_3)
 
     @classmethod
     def of(cls, weights: RadialWeights) -> RadialTables:
@@ -265,6 +281,6 @@ def radial_function(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> T
         basis = LearnedGaussians(tables.slope, tables.shift, tables.height)
     hidden = _first_layer(edges, tables, basis)
     hidden = _norm_silu(hidden, tables.norm_1_weight, tables.norm_1_bias)
-    hidden = F.linear(hidden, tables.weight_2, tables.bias_2)
+    hidden = tables.second_layer(hidden)
     hidden = _norm_silu(hidden, tables.norm_2_weight, tables.norm_2_bias)
-    return F.linear(hidden, tables.weight_3, tables.bias_3)
+    return tables.last_layer(hidden)

@@ -13,6 +13,8 @@ The two rows for m > 0 are one product of complex matrices, which takes three re
     y[+m]  = common - (A + B) x[-m]
     y[-m]  = common + (B - A) x[+m]
 
+Where our own products are the faster ones, one call makes all of this (ops/so2_packed.py).
+
 A GPU with tensor cores waits for memory more than for arithmetic. There one product per order, with
 the matrix (A, -B) over (B, A), reads its operand once and writes its result once.
 """
@@ -24,6 +26,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fairchem_equiformer.ops.so2_packed import (
+    PackedSO2Weights,
+    packed_so2_linear,
+    packed_so2_linear_backward,
+)
 
 
 class OrderWeights(NamedTuple):
@@ -44,15 +52,19 @@ class SO2Weights(NamedTuple):
     @classmethod
     def of(
         cls, weights: Sequence[Tensor], dtype: torch.dtype, *, single: bool | None = None
-    ) -> SO2Weights:
+    ) -> SO2Weights | PackedSO2Weights:
         """From W[0] [Y0, X0] and, for m = 1.., W[m] [2 Ym, Xm].
 
         Args:
             weights: of the layer.
             dtype: of the products.
             single: one product per order; by default on a GPU whose tensor cores make the products.
+                Either value stands for torch's products.
         """
         if single is None:
+            packed = PackedSO2Weights.of(weights, dtype)
+            if packed is not None:
+                return packed
             single = weights[0].is_cuda and _by_tensor_cores(dtype)
         orders: list[OrderWeights | Tensor] = []
         for weight in weights[1:]:
@@ -95,7 +107,7 @@ def _orders(weights: SO2Weights) -> Iterator[_Order]:
         x, y = x + columns, y + rows
 
 
-def so2_linear(x: Tensor, weights: SO2Weights, bias: Tensor | None) -> Tensor:
+def so2_linear(x: Tensor, weights: SO2Weights | PackedSO2Weights, bias: Tensor | None) -> Tensor:
     """Apply an SO(2) linear layer. Not differentiable; see :func:`so2_linear_backward`.
 
     Args:
@@ -107,6 +119,8 @@ def so2_linear(x: Tensor, weights: SO2Weights, bias: Tensor | None) -> Tensor:
     Returns:
         [E, Y0 + sum over m of 2 Ym].
     """
+    if isinstance(weights, PackedSO2Weights):
+        return packed_so2_linear(x, weights, bias)
     y = x.new_empty(len(x), weights.num_outputs)
     first = y[:, : len(weights.zero)]
     torch.mm(x[:, : weights.zero.shape[1]], weights.zero.t(), out=first)
@@ -127,7 +141,10 @@ def so2_linear(x: Tensor, weights: SO2Weights, bias: Tensor | None) -> Tensor:
 
 
 def so2_linear_backward(
-    grad: Tensor, x: Tensor, weights: SO2Weights, weight_grads: Sequence[Tensor]
+    grad: Tensor,
+    x: Tensor,
+    weights: SO2Weights | PackedSO2Weights,
+    weight_grads: Sequence[Tensor],
 ) -> Tensor:
     """Add the weights' gradients to ``weight_grads`` in place and return the input's.
 
@@ -140,6 +157,8 @@ def so2_linear_backward(
     Returns:
         [E, X]; zero in columns of orders that have no weight.
     """
+    if isinstance(weights, PackedSO2Weights):
+        return packed_so2_linear_backward(grad, x, weights, weight_grads)
     x_grad = torch.empty_like(x)
     y_stop, x_stop = weights.zero.shape
     torch.mm(grad[:, :y_stop], weights.zero, out=x_grad[:, :x_stop])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -9,11 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops import library
+from fairchem_equiformer.ops.native import MatrixProducts, pack, product_kernels
 from fairchem_equiformer.so3.layout import degree_slices
 
 
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(*x.shape[:2], weight.shape[1])
+    kernels = product_kernels(x, weight, widths=weight.shape[1:])
+    if kernels is not None:
+        _own_products(kernels, x, weight.transpose(1, 2), y)
+        return y
     for rows, matrix in zip(degree_slices(len(weight) - 1), weight, strict=True):
         y[:, rows] = _mm(x[:, rows], matrix.t())
     return y
@@ -21,6 +27,10 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     x_grad = torch.empty_like(x)
+    kernels = product_kernels(grad, x, weight, widths=weight.shape[1:])
+    if kernels is not None:
+        _own_products(kernels, grad, weight, x_grad)
+        return x_grad, _own_weight_gradient(kernels, grad, x, torch.zeros_like(weight))
     weight_grad = torch.empty_like(weight)
     for degree, rows in enumerate(degree_slices(len(weight) - 1)):
         part = grad[:, rows]
@@ -28,6 +38,27 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         flat = part.flatten(0, 1)
         torch.mm(flat.t(), x[:, rows].flatten(0, 1), out=weight_grad[degree])
     return x_grad, weight_grad
+
+
+def _own_products(kernels: ctypes.CDLL, x: Tensor, matrices: Tensor, out: Tensor) -> None:
+    """Every coefficient of x [N, M, C] times its degree's matrix [C, D], to ``out`` [N, M, D]."""
+    products = MatrixProducts(kernels)
+    for matrix, rows in zip(matrices, degree_slices(len(matrices) - 1), strict=True):
+        packed = pack(kernels, matrix)
+        for row in range(rows.start, rows.stop):
+            products.add(x[:, row], packed, out[:, row])
+    products.run()
+
+
+def _own_weight_gradient(kernels: ctypes.CDLL, grad: Tensor, x: Tensor, total: Tensor) -> Tensor:
+    """Add to ``total`` [lmax + 1, D, C], and return it."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    products = MatrixProducts(kernels)
+    for degree, rows in enumerate(degree_slices(len(total) - 1)):
+        for row in range(rows.start, rows.stop):
+            products.add(grad[:, row].t(), x[:, row], total[degree], accumulate=True)
+    products.run()
+    return total
 
 
 class _SO3Linear(torch.autograd.Function):

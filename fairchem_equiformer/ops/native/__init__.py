@@ -16,6 +16,12 @@ from fairchem_equiformer.ops.native.depthwise_tensor_product import (
     depthwise_kernels,
 )
 from fairchem_equiformer.ops.native.head_sums import HeadSumKernels, head_sum_kernels
+from fairchem_equiformer.ops.native.matrix_products import (
+    MatrixProducts,
+    Packed,
+    pack,
+    product_kernels,
+)
 from fairchem_equiformer.ops.native.message import MessageKernels, message_kernels
 from fairchem_equiformer.ops.native.radial import (
     GaussianKernels,
@@ -31,8 +37,10 @@ __all__ = [
     "GridKernels",
     "HeadSumKernels",
     "LogitKernels",
+    "MatrixProducts",
     "MessageKernels",
     "NormSiLUKernels",
+    "Packed",
     "aggregate_kernels",
     "depthwise_kernels",
     "gaussian_kernels",
@@ -41,5 +49,7 @@ __all__ = [
     "logit_kernels",
     "message_kernels",
     "norm_silu_kernels",
+    "pack",
+    "product_kernels",
     "softmax_kernels",
 ]

@@ -31,9 +31,9 @@ class Floats:
         return tensor.data_ptr()
 
     @classmethod
-    def from_param(cls, tensor: Tensor) -> c_void_p:
-        """Address of the numbers, for an argument: ctypes calls this."""
-        return c_void_p(cls.address(tensor))
+    def from_param(cls, tensor: Tensor | None) -> c_void_p:
+        """Address of the numbers, or null, for an argument: ctypes calls this."""
+        return c_void_p(None if tensor is None else cls.address(tensor))
 
 
 class Indices(Floats):
@@ -120,6 +120,17 @@ class FeaturesStruct(ctypes.Structure):
     )
 
 
+class MatrixProductStruct(ctypes.Structure):
+    """``struct MatrixProduct`` of matrix_products.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("a", "plus", "sum", "b", "bias", "c", "also")),
+        *((name, c_int64) for name in ("rows", "n", "k", "a_row", "a_column", "b_row", "c_row")),
+        ("accumulate", c_int64),
+        ("sign", c_float),
+    )
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Norm": NormStruct,
     "Logits": LogitsStruct,
@@ -129,12 +140,14 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Tables": TablesStruct,
     "Product": ProductStruct,
     "Features": FeaturesStruct,
+    "MatrixProduct": MatrixProductStruct,
 }
 
 _F, _I, _N, _THREADS = Floats, Indices, c_int64, c_int
 _NORM, _LOGITS, _ROWS = POINTER(NormStruct), POINTER(LogitsStruct), POINTER(RowsStruct)
 _GRID, _GAUSSIANS, _TABLES = POINTER(GridStruct), POINTER(GaussiansStruct), POINTER(TablesStruct)
 _PRODUCT, _FEATURES = POINTER(ProductStruct), POINTER(FeaturesStruct)
+_MATRIX_PRODUCTS = POINTER(MatrixProductStruct)
 
 # Result and arguments of every function, in the order of the C++ files.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -184,6 +197,10 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         None,
         (_PRODUCT, _FEATURES, _F, _F, _N, _F, _F, _F, _F, _N, _THREADS),
     ),
+    # matrix_products.cpp
+    "prefers_own_products": (c_int, ()),
+    "matrix_products": (None, (_MATRIX_PRODUCTS, _N, _THREADS)),
+    "pack_matrix": (None, (_F, _F, c_float, _N, _N, _N, _N, _F, _THREADS)),
     # head_sums.cpp
     "head_sums_misfit": (c_char_p, (_N,)),
     "head_sum": (None, (_F, _F, _I, _N, _N, _F, _N, _THREADS)),

@@ -1,0 +1,219 @@
+"""Matrix products of our own, and the layers that are made of them, against torch's in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairchem_equiformer.ops.choice import VARIABLE
+from fairchem_equiformer.ops.linear import Linear, add_product, product
+from fairchem_equiformer.ops.native import MatrixProducts, loader, pack, product_kernels
+from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
+from fairchem_equiformer.ops.so2_packed import PackedSO2Weights
+from fairchem_equiformer.ops.so3_linear import so3_linear
+from tests.kernels import PRODUCTS, called_kernels
+from tests.tolerances import assert_close
+
+WIDTHS = st.sampled_from([16, 32, 48, 64, 112, 176])
+ROWS = st.integers(0, 40)
+SIZES = st.integers(1, 70)
+SEEDS = st.integers(0, 2**31)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _by_own_products():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "native")
+        yield
+
+
+def draws(seed):
+    return partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+
+
+def within(x, before=3, behind=5):
+    """The same numbers as columns of a wider matrix."""
+    wide = torch.full((len(x), before + x.shape[1] + behind), torch.nan)
+    wide[:, before : before + x.shape[1]] = x
+    return wide[:, before : before + x.shape[1]]
+
+
+@settings(deadline=None, max_examples=80)
+@given(rows=ROWS, k=SIZES, n=WIDTHS, transposed=st.booleans(), packed=st.booleans(), seed=SEEDS)
+def test_product(rows, k, n, transposed, packed, seed):
+    draw, kernels = draws(seed), loader.library()
+    a = within(draw(k, rows)).t() if transposed else within(draw(rows, k))
+    b = within(draw(k, n), 16, 16)
+    out = torch.empty(rows, n)
+    products = MatrixProducts(kernels)
+    products.add(a, pack(kernels, b) if packed else b, out)
+    products.run()
+    assert_close(out, a.double() @ b.double(), "product")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=ROWS,
+    k=SIZES,
+    n=WIDTHS,
+    sign=st.sampled_from([1, -1]),
+    accumulate=st.booleans(),
+    also=st.booleans(),
+    seed=SEEDS,
+)
+def test_sum_of_operands_added_to_two_results(rows, k, n, sign, accumulate, also, seed):
+    draw, kernels = draws(seed), loader.library()
+    plus, minus = within(draw(rows, 2 * k)).chunk(2, dim=1)
+    sums, bias, b = torch.empty(rows, k), draw(n), draw(n, k)
+    outs = [within(draw(rows, n)) for _ in range(1 + also)]
+    expected = sign * (plus.double() + minus.double()) @ b.double().t()
+    wanted = [expected + (out.double() if accumulate else bias.double()) for out in outs]
+    products = MatrixProducts(kernels)
+    products.add(
+        plus,
+        pack(kernels, b.t()),
+        outs[0],
+        plus=minus,
+        sums=sums,
+        also=outs[1] if also else None,
+        bias=None if accumulate else bias,
+        sign=sign,
+        accumulate=accumulate,
+    )
+    products.run()
+    assert torch.equal(sums, plus + minus)
+    for out, expected in zip(outs, wanted, strict=True):
+        assert_close(out, expected, "product")
+
+
+@given(k=SIZES, n=WIDTHS, factor=st.sampled_from([1.0, -1.0]), seed=SEEDS)
+def test_sum_of_matrices_is_packed_as_one(k, n, factor, seed):
+    draw, kernels = draws(seed), loader.library()
+    a, b = draw(n, 2 * k).chunk(2, dim=1)
+    found = pack(kernels, a.t(), b.t(), factor)
+    assert torch.equal(found.panels, pack(kernels, a.t() + factor * b.t()).panels)
+
+
+def test_products_after_each_other_read_what_was_written():
+    draw, kernels = draws(0), loader.library()
+    a, b, c = draw(50, 32), draw(32, 48), draw(48, 16)
+    middle, out = torch.empty(50, 48), torch.empty(50, 16)
+    products = MatrixProducts(kernels)
+    products.add(a, pack(kernels, b), middle)
+    products.add(middle, pack(kernels, c), out)
+    products.run()
+    assert_close(out, a.double() @ b.double() @ c.double(), "product")
+
+
+def test_bits_do_not_depend_on_threads():
+    draw, before = draws(0), torch.get_num_threads()
+    a, b = draw(101, 300), draw(300, 112)
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(product(a, b))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_rows_must_be_dense():
+    kernels = loader.library()
+    products, x = MatrixProducts(kernels), torch.zeros(32, 32)
+    with pytest.raises(ValueError, match="rows of b lie at strides"):
+        products.add(x, x.t(), x)
+    with pytest.raises(ValueError, match="rows of out lie at strides"):
+        products.add(x, x, x.t())
+
+
+def test_which_products_are_taken(monkeypatch):
+    single, double = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.float64)
+    assert product_kernels(single, widths=[16, 48]) is loader.library()
+    assert product_kernels(single, widths=[16, 40]) is None
+    assert product_kernels(double, widths=[16]) is None
+    monkeypatch.setenv(VARIABLE, "auto")
+    preferred = product_kernels(single, widths=[16]) is not None
+    assert preferred == bool(loader.library().prefers_own_products())
+    monkeypatch.setenv(VARIABLE, "reference")
+    loader.library.cache_clear()
+    assert product_kernels(single, widths=[16]) is None
+    loader.library.cache_clear()
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=ROWS, k=WIDTHS, n=WIDTHS, seed=SEEDS)
+def test_linear(rows, k, n, seed):
+    draw = draws(seed)
+    x, weight, bias, flow = draw(rows, k), draw(n, k), draw(n), draw(rows, n)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with called_kernels() as called:
+        out = Linear(weight, bias)(x)
+        found = torch.autograd.grad(out, leaves, flow)
+    assert called == PRODUCTS
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    expected = torch.nn.functional.linear(*exact)
+    assert_close(out.detach(), expected.detach(), "product")
+    for ours, wanted in zip(
+        found, torch.autograd.grad(expected, exact, flow.double()), strict=True
+    ):
+        assert_close(ours, wanted, "product")
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=ROWS, k=SIZES, n=WIDTHS, seed=SEEDS)
+def test_product_is_added(rows, k, n, seed):
+    draw = draws(seed)
+    total, a, b = draw(rows, n), draw(k, rows), draw(k, n)
+    expected = total.double() + a.t().double() @ b.double()
+    add_product(total, a.t(), b)
+    assert_close(total, expected, "product")
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    edges=ROWS,
+    outputs=st.lists(WIDTHS, min_size=1, max_size=4),
+    inputs=st.lists(WIDTHS, min_size=4, max_size=4),
+    bias=st.booleans(),
+    seed=SEEDS,
+)
+def test_so2_linear(edges, outputs, inputs, bias, seed):
+    draw = draws(seed)
+    sizes = list(zip(outputs, inputs, strict=False))
+    matrices = [draw((1 + (m > 0)) * y, x) for m, (y, x) in enumerate(sizes)]
+    offset = draw(outputs[0]) if bias else None
+    x = draw(edges, sum((1 + (m > 0)) * x for m, (_, x) in enumerate(sizes)) + 16)
+    weights = SO2Weights.of(matrices, torch.float32)
+    exact = SO2Weights.of([m.double() for m in matrices], torch.float64, single=True)
+    assert isinstance(weights, PackedSO2Weights)
+    found = so2_linear(x, weights, offset)
+    expected = so2_linear(x.double(), exact, None if offset is None else offset.double())
+    assert_close(found, expected, "so2_linear")
+    grad = draw(*found.shape)
+    totals = [torch.ones_like(m) for m in matrices]
+    wanted = [t.double() for t in totals]
+    x_grad = so2_linear_backward(grad, x, weights, totals)
+    exact_grad = so2_linear_backward(grad.double(), x.double(), exact, wanted)
+    assert_close(x_grad, exact_grad, "so2_linear")
+    for ours, exactly in zip(totals, wanted, strict=True):
+        assert_close(ours, exactly, "so2_linear")
+
+
+@settings(deadline=None, max_examples=20)
+@given(atoms=st.integers(1, 30), lmax=st.integers(0, 4), c_in=WIDTHS, c_out=WIDTHS, seed=SEEDS)
+def test_so3_linear(atoms, lmax, c_in, c_out, seed):
+    draw = draws(seed)
+    x, weight = draw(atoms, (lmax + 1) ** 2, c_in), draw(lmax + 1, c_out, c_in)
+    flow = draw(atoms, (lmax + 1) ** 2, c_out)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        out = so3_linear(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, flow.to(dtype))))
+    for ours, exactly in zip(*results, strict=True):
+        assert_close(ours, exactly, "product")
