@@ -12,11 +12,11 @@ row and implementation to ``<out>/results.jsonl`` and, with two sizes or more, d
     python -m benchmarks.compare --tasks relaxation --sizes 45
     python -m benchmarks.compare --implementations stock ours escn gemnet_oc esen
 
-Structures are those of :func:`benchmarks.measure.slab`; ``4x45`` is a batch of four. All dropout is
+Structures are those of :func:`benchmarks.slab.slab`; ``4x45`` is a batch of four. All dropout is
 off. fairchem's other models (:mod:`benchmarks.context`) have one published size each, whatever
 ``--models`` says, and weights of their own: their results are not compared. GEMM share is the time
 that an implementation's own matrix products would take at the rate of a large fp32 product in the
-same process, over the time that it took.
+same process, over the time that it took. Regions are parallel ones (:mod:`benchmarks.regions`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
+from benchmarks import regions
 from benchmarks.context import CONTEXT, refusal
 from benchmarks.plot import draw_scaling
 from benchmarks.spec import CLASSES, TASKS, Spec
@@ -95,8 +96,13 @@ def difference(results: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
     }
 
 
-def run_child(spec: Spec, timeout: float) -> Record:
+def run_child(spec: Spec, timeout: float, module: str = "benchmarks.measure") -> Record:
     """Run one measurement in a process of its own.
+
+    Args:
+        spec: What to measure.
+        timeout: Seconds after which the process is given up.
+        module: What measures.
 
     Raises:
         RuntimeError: The process failed other than by want of memory or time; the message ends
@@ -104,8 +110,9 @@ def run_child(spec: Spec, timeout: float) -> Record:
     """
     spec_file = Path(spec.record).with_suffix(".spec")
     spec_file.write_text(json.dumps(asdict(spec)))
-    variables = os.environ | {"OMP_NUM_THREADS": str(spec.threads)}
-    command = [sys.executable, "-m", "benchmarks.measure", str(spec_file)]
+    threads = {"OMP_NUM_THREADS": str(spec.threads)}
+    variables = os.environ | threads | regions.counting(spec_file.parent)
+    command = [sys.executable, "-m", module, str(spec_file)]
     try:
         child = subprocess.run(
             command,
@@ -206,8 +213,9 @@ def summary(records: list[Record]) -> Record:
         "gemm_flop_per_second": max(record["gemm_flop_per_second"] for record in records),
     }
     merged["gemm_share"] = merged["flop"] / merged["gemm_flop_per_second"] / merged["seconds"]
-    if "saved_bytes" in records[0]:
-        merged["saved_bytes"] = records[0]["saved_bytes"]
+    for name in ("saved_bytes", "regions"):
+        if name in records[0]:
+            merged[name] = records[0][name]
     if "forward_times" in records[0]:
         forward = median(t for record in records for t in record["forward_times"])
         merged["over_forward"] = merged["seconds"] / forward - 1

@@ -37,7 +37,9 @@ import matplotlib.pyplot as plt
 from benchmarks.compare import ROOT, environment
 from benchmarks.e3nn_equiformer import linear as e3nn_linear
 from benchmarks.e3nn_equiformer import product_module
-from benchmarks.measure import SEED, CpuMeter, batch_of, timed
+from benchmarks.instruments import CpuMeter, timed
+from benchmarks.measure import batch_of
+from benchmarks.slab import SEED
 from fairchem_equiformer.graph.build import GraphConfig, build_graph
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.nn.irreps.linear import IrrepsLinear

@@ -28,7 +28,9 @@ from fairchem.core.common import gp_utils
 from fairchem.core.common.registry import registry
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import SEED, CpuMeter, batch_of, model_config
+from benchmarks.instruments import CpuMeter
+from benchmarks.measure import batch_of, model_config
+from benchmarks.slab import SEED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

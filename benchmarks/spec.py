@@ -22,7 +22,7 @@ class Spec:
         implementation: A key of :data:`CLASSES` or of :data:`benchmarks.context.CONTEXT`.
         task: One of :data:`TASKS`.
         config: YAML file whose ``model`` section gives the size of those in :data:`CLASSES`.
-        atoms: Atoms of one structure, see :func:`slab`.
+        atoms: Atoms of one structure, see :func:`benchmarks.slab.slab`.
         batch: Structures in the batch.
         device: ``cpu`` or ``cuda``.
         threads: CPU threads of one operation.
@@ -30,7 +30,7 @@ class Spec:
         round: Seeds what an implementation draws while it runs (the stock model's random roll).
         memory_limit: Bytes of memory that the process may allocate (CPU only).
         weights: File of the parameters that those share; the first process to come writes it.
-        record: JSON file to write: times, bytes, FLOPs.
+        record: JSON file to write: times, bytes, FLOPs, parallel regions.
         results: File of tensors to write: what must be equal for every implementation.
     """
 

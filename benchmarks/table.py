@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 Record = dict[str, Any]
-WIDTH = 150
+WIDTH = 160
 BUSY = 0.9  # of the time on a processor, where nothing but other processes can make it wait
 
 
@@ -50,7 +50,7 @@ def table(records: Iterable[Record], style: box.Box = box.HEAVY_HEAD) -> Table:
         result.add_column(heading)
     for heading in ("time / s", "ratio", "peak / MB", "ratio", "kept / MB", "ratio"):
         result.add_column(heading, justify="right")
-    for heading in ("GFLOP", "GEMM share", "difference"):
+    for heading in ("GFLOP", "GEMM share", "regions", "difference"):
         result.add_column(heading, justify="right")
     first: dict[tuple[str, str, int, int], Record] = {}
     for record in records:
@@ -80,7 +80,8 @@ def cells(record: Record, first: Record) -> list[str]:
         share += f" ({record['over_forward']:+.0%} over forward)"
     errors = record.get("difference", record.get("spread", {}))
     worst = f"{max(errors.values()):.1e}" if errors else ""
-    return [*figures, f"{record['flop'] / 1e9:.4g}", share, worst]
+    regions = f"{record['regions']}" if "regions" in record else ""
+    return [*figures, f"{record['flop'] / 1e9:.4g}", share, regions, worst]
 
 
 def main() -> None:

@@ -14,10 +14,13 @@ import yaml
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, context, measure
+from benchmarks import compare, context, instruments, measure
 from benchmarks.context import CONTEXT, refusal
-from benchmarks.measure import CountFlop, batch_of, saved_for_backward, slab
+from benchmarks.flop import CountFlop
+from benchmarks.instruments import saved_for_backward
+from benchmarks.measure import batch_of
 from benchmarks.plot import draw_scaling
+from benchmarks.slab import slab
 from benchmarks.spec import Spec
 from benchmarks.table import cells, read_ledger, table
 from tests.tolerances import TOLERANCES
@@ -83,6 +86,7 @@ def test_what_does_not_fit_is_a_row_of_the_table(tiny: Path, tmp_path: Path) -> 
 
 def test_a_child_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = CompletedProcess([], returncode=1, stdout="", stderr="KeyError: 'lmax_list'")
+    monkeypatch.setattr(compare.regions, "counting", lambda _: {})  # compiles
     monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"benchmarks.measure .* ended with 1:\nKeyError: 'lmax"):
         compare.main(["--sizes", "45", "--out", str(tmp_path)])
@@ -94,6 +98,7 @@ def test_a_child_that_takes_too_long_is_a_row_of_the_table(
     def run(command, timeout, **_):
         raise TimeoutExpired(command, timeout)
 
+    monkeypatch.setattr(compare.regions, "counting", lambda _: {})  # compiles
     monkeypatch.setattr(compare.subprocess, "run", run)
     records = compare.main(["--sizes", "45", "--timeout", "60", "--out", str(tmp_path)])
     assert [record["failure"] for record in records] == ["over 60 s", "over 60 s"]
@@ -153,8 +158,9 @@ def test_ratios_are_of_the_first_implementation() -> None:
     common = {"flop": 3e9, "gemm_share": 0.2}
     stock = common | {"seconds": 6.0, "cpu_seconds": 12.0, "peak_bytes": 10**9}
     ours = common | {"seconds": 2.0, "cpu_seconds": 2.0, "peak_bytes": 10**8}
-    ours["difference"] = {"energy": 1e-7, "forces": 2e-6}
-    assert cells(ours, stock) == ["2", "3.0", "100", "10.0", "", "", "3", "20%", "2.0e-06"]
+    ours |= {"difference": {"energy": 1e-7, "forces": 2e-6}, "regions": 70}
+    assert cells(ours, stock) == ["2", "3.0", "100", "10.0", "", "", "3", "20%", "70", "2.0e-06"]
+    assert cells(stock, stock)[-2:] == ["", ""]  # nobody counted
     assert cells(ours, {"failure": "out of memory"})[:4] == ["2", "", "100", ""]
     assert cells({"failure": "over 60 s"}, stock) == ["over 60 s"]
     assert cells(ours | {"cpu_seconds": 1.5}, stock)[:2] == ["~2", "3.0"]
@@ -259,7 +265,7 @@ def test_context_models_get_ratios_but_no_difference(
 
     monkeypatch.setitem(CONTEXT, "escn", reduced("escn"))
     monkeypatch.setattr(compare, "run_child", run_here)
-    monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e10)
+    monkeypatch.setattr(instruments, "gemm_rate", lambda *_: 1e10)
     tiny.write_text(yaml.safe_dump({"model": TINY | {"num_layers": 1, "lmax_list": [2]}}))
     command = ["--models", str(tiny), "--sizes", "45", "--out", str(tmp_path)]
     quick = ["--rounds", "1", "--seconds", "0", "--threads", str(torch.get_num_threads())]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import compare, e3nn_equiformer, equiformer_v1, measure
+from benchmarks import compare, e3nn_equiformer, equiformer_v1, instruments, measure
 from benchmarks.e3nn_equiformer import E3nnEquiformer
 from benchmarks.measure import batch_of
 from fairchem_equiformer import Equiformer
@@ -77,7 +77,7 @@ def test_the_same_numbers_with_less_kept(tmp_path, monkeypatch):
         return json.loads(json.dumps(measure.measure(spec)))
 
     monkeypatch.setattr(compare, "run_child", run_here)
-    monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e10)
+    monkeypatch.setattr(instruments, "gemm_rate", lambda *_: 1e10)
     config = tmp_path / "tiny.yml"
     config.write_text(yaml.safe_dump({"model": TINY | {"name": "fairchem_equiformer.Equiformer"}}))
     command = ["--tasks", "training", "--models", str(config), "--sizes", "45", "--rounds", "1"]

@@ -1,0 +1,204 @@
+"""The profile by stage: which functions it finds, and what it counts of them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+from inspect import getattr_static
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from benchmarks import flop, profile, regions, stages
+from benchmarks.boundaries import SO2Layers, find
+from benchmarks.flop import CountFlop, counted_flop
+from benchmarks.measure import TASKS
+from benchmarks.spec import Spec
+from fairchem_equiformer import EquiformerV2
+from fairchem_equiformer.ops.native import loader
+from tests.test_benchmarks import TINY
+
+SIZES = {"max_neighbors": 5, "max_radius": 4.0, "edges_per_chunk": 100, "num_layers": 1}
+
+
+@pytest.fixture
+def spec(tmp_path):
+    config = tmp_path / "tiny.yml"
+    config.write_text(yaml.safe_dump({"model": TINY | SIZES}))
+    return Spec(
+        implementation="ours",
+        task="training",
+        config=str(config),
+        atoms=45,
+        batch=1,
+        device="cpu",
+        threads=torch.get_num_threads(),
+        seconds=0.0,
+        round=0,
+        memory_limit=0,
+        weights=str(tmp_path / "weights.pt"),
+        record=str(tmp_path / "record.json"),
+        results=str(tmp_path / "results.pt"),
+    )
+
+
+@pytest.fixture
+def step(spec):
+    work = TASKS["training"](spec)
+    return lambda: work.finish(work.forward())
+
+
+def test_every_function_is_where_the_tables_say():
+    assert EquiformerV2  # imports all of them
+    for boundary in (*stages.STAGE_OF, *flop.LEAST, SO2Layers.MADE):
+        assert find(boundary) is not None, boundary
+    assert (
+        stages.OF_ALL_ATOMS.keys() | stages.BY_BYTES
+        <= stages.STAGE_OF.keys() | stages.STAGES.keys()
+    )
+
+
+def functions():
+    wrapped = (*stages.STAGE_OF, *flop.LEAST, SO2Layers.MADE)
+    return {boundary: getattr_static(find(boundary), boundary.name) for boundary in wrapped}
+
+
+def test_a_step_by_stage(step):
+    before = functions()
+    with counted_flop() as counter, stages.staged(lambda: counter.flop, sizes=True) as ledger:
+        step()
+    names = {n for n in stages.STAGES if n != stages.SO2} | {"SO(2) layer 1", "SO(2) layer 2"}
+    assert set(stages.ordered(ledger)) == names
+    assert sum(ledger.spent.values()) == counter.flop
+    chunks = ledger.calls["SO(2) layer 1"] / 2 / 2  # forward and backward, block and force head
+    assert chunks > 2
+    assert ledger.calls["SO(2) layer 2"] == 6 * chunks  # forward once more in the backward pass
+    assert ledger.calls["message"] == 6 * chunks
+    assert {name for name in names if ledger.bytes[name]} == stages.BY_BYTES
+    assert functions() == before
+
+
+def test_flops_are_counted_whoever_makes_the_products(spec, monkeypatch):
+    """By formulas where a kernel does: as many as the weights have numbers, for each edge."""
+    config = {"model": TINY | SIZES | {"regress_forces": False}}
+    Path(spec.config).write_text(yaml.safe_dump(config))
+    work = TASKS["inference"](spec)
+    with counted_flop() as usual, stages.staged(lambda: usual.flop) as expected:
+        edges = work.model.embed(work.data).graph.source.shape[0]
+    monkeypatch.setattr(flop, "FLOP", {})
+    with counted_flop() as counter, stages.staged(lambda: counter.flop) as ledger:
+        work.forward()
+
+    parameters = dict(work.model.named_parameters())
+    for layer in (1, 2):
+        name = f"blocks.0.ga.so2_conv_{layer}."
+        zero = parameters[f"{name}fc_m0.weight"].numel()
+        rest = [p for n, p in parameters.items() if re.match(rf"{name}so2_m_conv.*\.fc\.weight", n)]
+        products = zero + 3 * sum(p.numel() for p in rest) // 2
+        assert ledger.spent[f"SO(2) layer {layer}"] == 2 * edges * products
+    for stage in ("SO(2) layer 1", "SO(2) layer 2", "radial function"):
+        assert ledger.spent[stage] == expected.spent[stage] > 0
+
+
+def test_flops_that_pytorch_counts_are_not_counted_twice(step):
+    with CountFlop() as products:
+        step()
+    with counted_flop() as counter:
+        step()
+    assert counter.flop >= products.flop
+    assert counter.flop < 1.02 * products.flop
+
+
+def run_here(spec, _, module):
+    """Profile in this process."""
+    assert module == "benchmarks.stages"
+    return json.loads(json.dumps(stages.profile(spec)))
+
+
+def test_the_command(spec, monkeypatch, capsys):
+    monkeypatch.setattr(profile, "run_child", run_here)
+    monkeypatch.setattr(stages, "gemm_rate", lambda *_: 1e9)
+    monkeypatch.setattr(stages, "copy_rate", lambda: 1e9)
+    threads = str(torch.get_num_threads())
+    record = profile.main(["--model", spec.config, "--seconds", "0", "--threads", threads])
+
+    shown = capsys.readouterr().out
+    assert "inference, tiny, 45 atoms" in shown
+    assert "parallel regions: not counted, for want of a C compiler" in shown
+    assert all(stage["seconds"] > 0 for stage in record["stages"].values())
+    row = next(line for line in shown.splitlines() if "SO(2) layer 1" in line)
+    stage = record["stages"]["SO(2) layer 1"]
+    assert f"{stage['flop'] / 1e6:.4g}" in row  # milliseconds at 1 GFLOP/s
+    assert record["stages"]["message"]["bytes"] > 0
+
+
+def test_floors_of_a_table():
+    stage = {"calls": 3, "flop": 0.0, "bytes": 4e6, "regions": 7}
+    record = {
+        "gemm_flop_per_second": 1e11,
+        "copy_bytes_per_second": 1e9,
+        "stages": {
+            "message": stage | {"seconds": 0.010},
+            "SO(2) layer 1": stage | {"seconds": 0.030, "flop": 2e9},
+        },
+    }
+    console = Console(width=160, record=True)
+    console.print(profile.table(record, "inference"))
+    rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in console.export_text().splitlines()]
+    cells = {row[0]: row[1:] for row in rows if len(row) > 2}
+    assert cells["message"] == ["3", "10", "25.0%", "", "4", "4", "40%", "15.0%", "7"]
+    assert cells["SO(2) layer 1"] == ["3", "30", "75.0%", "2", "4", "20", "67%", "25.0%", "7"]
+    assert cells["all"] == ["", "40", "100.0%", "2", "8", "24", "60%", "40.0%", "14"]
+
+
+REGIONS = """
+import torch
+from benchmarks import regions
+torch.set_num_threads(2)
+x, y = torch.ones(300, 300), torch.ones(3)
+before = regions.counted()
+y + y
+assert regions.counted() == before
+x + x
+print(regions.counted() - before)
+torch.set_num_threads(1)
+x + x
+print(regions.counted() - before)
+"""
+
+
+def test_parallel_regions_are_those_of_more_than_one_thread(tmp_path):
+    counting = regions.counting(tmp_path)
+    if not counting:
+        pytest.skip("there is no C compiler")
+    variables = os.environ | counting | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", REGIONS]
+    root = Path(regions.__file__).parents[1]
+    assert subprocess.check_output(command, env=variables, cwd=root, text=True) == "1\n1\n"
+
+
+def test_without_a_compiler_nothing_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert regions.counting(tmp_path) == {}
+    monkeypatch.setenv("CC", "false")
+    assert regions.counting(tmp_path) == {}
+    if "regions.so" not in os.environ.get("LD_PRELOAD", ""):
+        assert regions.counted() is None
+
+
+def test_all_that_starts_a_region_is_counted():
+    """Of the ways that our kernels use, by the names that they are linked against."""
+    if loader.library() is None:
+        pytest.skip("there are no compiled kernels")
+    used = set(re.findall(rb"GOMP_parallel\w*", Path(loader.library()._name).read_bytes()))
+    assert used
+    source = regions.SOURCE.read_text()
+    assert used <= {name.encode() for name in re.findall(r"GOMP_parallel\w*", source)}
+    assert isinstance(loader.library(), ctypes.CDLL)
