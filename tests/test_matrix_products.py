@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairchem_equiformer.ops.choice import VARIABLE
-from fairchem_equiformer.ops.linear import Linear, add_product, product
+from fairchem_equiformer.ops.linear import add_product, linear, product
 from fairchem_equiformer.ops.native import MatrixProducts, loader, pack, product_kernels
 from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
 from fairchem_equiformer.ops.so2_packed import PackedSO2Weights
@@ -146,22 +147,51 @@ def test_which_products_are_taken(monkeypatch):
 
 
 @settings(deadline=None, max_examples=30)
-@given(rows=ROWS, k=WIDTHS, n=WIDTHS, seed=SEEDS)
-def test_linear(rows, k, n, seed):
+@given(rows=ROWS, k=WIDTHS, n=WIDTHS, bias=st.booleans(), seed=SEEDS)
+def test_linear(rows, k, n, bias, seed):
     draw = draws(seed)
-    x, weight, bias, flow = draw(rows, k), draw(n, k), draw(n), draw(rows, n)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    inputs = [draw(rows, 2, k), draw(n, k), *([draw(n)] if bias else [])]
+    flow = draw(rows, 2, n)
+
+    def differentiated(layer, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        out = layer(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, flow.to(dtype))]
+
     with called_kernels() as called:
-        out = Linear(weight, bias)(x)
-        found = torch.autograd.grad(out, leaves, flow)
+        found = differentiated(linear, torch.float32)
     assert called == PRODUCTS
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    expected = torch.nn.functional.linear(*exact)
-    assert_close(out.detach(), expected.detach(), "product")
-    for ours, wanted in zip(
-        found, torch.autograd.grad(expected, exact, flow.double()), strict=True
-    ):
-        assert_close(ours, wanted, "product")
+    for ours, exactly in zip(found, differentiated(F.linear, torch.float64), strict=True):
+        assert_close(ours, exactly, "product")
+
+
+def test_linear_can_be_differentiated_twice():
+    draw = draws(0)
+    inputs = draw(7, 16), draw(32, 16), draw(32)
+
+    def penalty(layer, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        first = torch.autograd.grad(layer(*leaves).pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    found, expected = penalty(linear, torch.float32), penalty(F.linear, torch.float64)
+    for ours, exactly in zip(found, expected, strict=True):
+        assert_close(ours, exactly, "product", slack=10)  # sixth powers
+
+
+def test_linear_leaves_out_gradients_that_nobody_wants():
+    x, weight = torch.ones(3, 16), torch.ones(16, 16, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert torch.equal(weight.grad, torch.full((16, 16), 3.0))
+    assert x.grad is None
+
+
+def test_linear_under_autocast_is_torchs():
+    draw = draws(0)
+    x, weight = draw(5, 16), draw(32, 16)
+    with torch.autocast("cpu", torch.bfloat16), called_kernels() as called:
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert not called
 
 
 @settings(deadline=None, max_examples=30)

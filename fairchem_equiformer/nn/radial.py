@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fairchem_equiformer.ops.linear import linear
 from fairchem_equiformer.ops.radial import GaussianBasis, LearnedGaussians, RadialWeights, gaussians
 
 _WIDTH_IN_SPACINGS = 2.0
@@ -128,9 +129,11 @@ class RadialFunction(nn.Module):
         )
 
     def forward(self, basis: Tensor) -> Tensor:
-        """[E, in_features] to [E, out_features], by PyTorch alone."""
-        out: Tensor = self.net(basis)
-        return out
+        """[E, in_features] to [E, out_features], differentiable any number of times."""
+        x = basis
+        for layer in self.net:
+            x = linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
+        return x
 
     def weights(self, source: nn.Embedding | None, target: nn.Embedding | None) -> RadialWeights:
         """Parameters as ops/radial.py takes them.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops.native import MatrixProducts, Packed, pack, product_kernels
 
@@ -43,7 +42,7 @@ def _product(kernels: ctypes.CDLL, a: Tensor, b: Packed, bias: Tensor | None = N
 
 
 @dataclass(frozen=True)
-class _PackedLinear:
+class _PackedWeight:
     """A weight in the order in which our products read it, made when first asked for."""
 
     kernels: ctypes.CDLL
@@ -59,41 +58,61 @@ class _PackedLinear:
 
 
 class _Linear(torch.autograd.Function):
+    """By our own products; what is differentiated again is made by torch's."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        packed: _PackedLinear,
-        x: Tensor,
-        weight: Tensor,  # noqa: ARG004 - what the packed one was made of, to get its gradient
-        bias: Tensor,
+        ctx: Any, packed: _PackedWeight, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.packed = packed
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, weight)
         return _product(packed.kernels, x, packed.forward, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), packed = ctx.saved_tensors, ctx.packed
-        weight_grad = torch.zeros_like(packed.weight)
-        add_product(weight_grad, grad.t(), x)
-        return None, _product(packed.kernels, grad, packed.backward), weight_grad, grad.sum(0)
+        x, weight = ctx.saved_tensors
+        _, of_x, of_weight, of_bias = ctx.needs_input_grad
+        bias_grad = grad.sum(0) if of_bias else None
+        if torch.is_grad_enabled():
+            weight_grad = grad.t() @ x if of_weight else None
+            return None, grad @ weight if of_x else None, weight_grad, bias_grad
+        packed, weight_grad = ctx.packed, None
+        if of_weight:
+            weight_grad = torch.zeros_like(weight)
+            add_product(weight_grad, grad.t(), x)
+        x_grad = _product(packed.kernels, grad, packed.backward) if of_x else None
+        return None, x_grad, weight_grad, bias_grad
 
 
 class Linear:
-    """A linear layer that many chunks of rows go through, its weight packed once for all.
+    """A linear layer that many chunks of rows go through, its weight packed once for all."""
 
-    Differentiable once.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
-        kernels = product_kernels(weight, bias, widths=weight.shape)
-        self._packed = None if kernels is None else _PackedLinear(kernels, weight.detach())
+        parameters = (weight,) if bias is None else (weight, bias)
+        kernels = product_kernels(*parameters, widths=weight.shape)
+        self._packed = None if kernels is None else _PackedWeight(kernels, weight.detach())
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[E, in] to [E, out]."""
+        """[..., in] to [..., out]."""
         if self._packed is None or x.dtype != self._weight.dtype:
             return F.linear(x, self._weight, self._bias)
-        out: Tensor = _Linear.apply(self._packed, x, self._weight, self._bias)
-        return out
+        rows = x.reshape(-1, x.shape[-1])
+        out: Tensor = _Linear.apply(self._packed, rows, self._weight, self._bias)
+        return out.view(*x.shape[:-1], len(self._weight))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``; under autocast or a compiler, it itself.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out].
+
+    Returns:
+        [..., out].
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return Linear(weight, bias)(x)

@@ -8,6 +8,7 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
+from fairchem_equiformer.ops.linear import linear
 from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, joined
 
 
@@ -60,7 +61,7 @@ class IrrepsLinear(nn.Module):
     def _of(self, inputs: list[Tensor], ir: o3.Irrep, bias: Tensor | None) -> Tensor:
         """One irrep [n, 2l + 1, channels]."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=2)
-        return nn.functional.linear(x, self.weight[str(ir)], bias)
+        return linear(x, self.weight[str(ir)], bias)
 
     def first(self, x: Tensor, channels: int) -> Tensor:
         """The first invariants of the result: [n, irreps_in.dim] to [n, channels].
@@ -70,7 +71,7 @@ class IrrepsLinear(nn.Module):
         place = [ir for _, ir in self.irreps_in].index(SCALAR)
         bias = None if self.bias is None else self.bias[:channels]
         weight = self.weight[str(SCALAR)][:channels]
-        return nn.functional.linear(x[:, self.irreps_in.slices()[place]], weight, bias)
+        return linear(x[:, self.irreps_in.slices()[place]], weight, bias)
 
     def of_heads(self, sums: Tensor, terms: Tensor, irreps: o3.Irreps) -> Tensor:
         """The last channels of the result, each head's from a sum of rows of its own.

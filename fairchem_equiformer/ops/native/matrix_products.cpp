@@ -11,7 +11,7 @@ extern "C" {
 // Row i of A begins at a + i * a_row, and its k-th number is a_column further each time.
 struct MatrixProduct {
   const float* a;
-  const float* plus;  // null, or added to A; lies as A does
+  const float* plus;  // null, or added to A; both with dense rows, which lie alike
   float* sum;         // [rows, k], where A + plus goes
   const float* b;     // packed, or [k, n] at rows b_row apart
   const float* bias;  // [n], or null
@@ -30,9 +30,8 @@ namespace {
 
 constexpr int WIDEST = 4;  // vectors of a panel
 constexpr int STEP = 8;
-
-// Rows of a tile of V vectors: as many as 32 registers hold beside the operands.
-constexpr int tile_rows(int V) { return V == 4 ? 6 : 12; }
+constexpr int64_t LONGEST = 128;  // sum of products without one between
+constexpr int TALLEST = 6;  // rows of a tile with AVX-512: 24 of 32 registers hold their sums
 
 template <int V>
 INLINE void finish(const MatrixProduct& p, int64_t row, int64_t column, const Vec* sum) {
@@ -51,17 +50,22 @@ INLINE void finish(const MatrixProduct& p, int64_t row, int64_t column, const Ve
   }
 }
 
-// `soon`: what to fetch meanwhile, `fetches` lines for every STEP columns of A.
+// Numbers to be fetched meanwhile: `lines` lines for every STEP columns of A.
+struct Ahead {
+  const float* next;
+  int64_t lines;
+};
+
+// sum = A B of a tile, over columns of A from `first` to `last`.
 template <int R, int V>
-INLINE void tile(const MatrixProduct& p, const float* a, int64_t a_row, int64_t a_column,
-                 const float* b, int64_t b_row, int64_t row, int64_t column, const float* soon,
-                 int64_t fetches) {
-  Vec sum[R][V];
+INLINE void multiply(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                     int64_t first, int64_t last, Ahead& ahead, Vec (&sum)[R][V]) {
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) sum[r][v] = Vec{};
-  for (int64_t start = 0; start < p.k; start += STEP) {
-    const int64_t stop = start + STEP < p.k ? start + STEP : p.k;
-    for (int64_t i = 0; i < fetches; i++, soon += LANES) __builtin_prefetch(soon, 0, 2);
+  for (int64_t start = first; start < last; start += STEP) {
+    const int64_t stop = start + STEP < last ? start + STEP : last;
+    for (int64_t i = 0; i < ahead.lines; i++, ahead.next += LANES)
+      __builtin_prefetch(ahead.next, 0, 2);
     for (int64_t k = start; k < stop; k++) {
       Vec line[V];
       for (int v = 0; v < V; v++) load(b + k * b_row + v * LANES, line[v]);
@@ -69,7 +73,22 @@ INLINE void tile(const MatrixProduct& p, const float* a, int64_t a_row, int64_t 
         for (int v = 0; v < V; v++) sum[r][v] += a[r * a_row + k * a_column] * line[v];
     }
   }
-  for (int r = 0; r < R; r++) finish<V>(p, row + r, column, sum[r]);
+}
+
+// Long sums are made of shorter ones: their rounding grows with the length.
+template <int R, int V>
+INLINE void tile(const MatrixProduct& p, const float* a, int64_t a_row, int64_t a_column,
+                 const float* b, int64_t b_row, int64_t row, int64_t column, Ahead ahead) {
+  Vec total[R][V], sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) total[r][v] = Vec{};
+  for (int64_t k = 0; k < p.k; k += LONGEST) {
+    const int64_t stop = k + LONGEST < p.k ? k + LONGEST : p.k;
+    multiply<R, V>(a, a_row, a_column, b, b_row, k, stop, ahead, sum);
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) total[r][v] += sum[r][v];
+  }
+  for (int r = 0; r < R; r++) finish<V>(p, row + r, column, total[r]);
 }
 
 // The tile of `rows` rows, R or fewer.
@@ -82,22 +101,21 @@ INLINE void tile_of(int64_t rows, const Arguments&... arguments) {
 }
 
 // Columns from `column` of rows from `first` to `last`.
-template <int V>
+template <int R, int V>
 INLINE void panel(const MatrixProduct& p, int64_t column, int64_t first, int64_t last) {
-  if (first == last) return;
   const bool packed = p.b_row == 0, summed = p.plus != nullptr;
   const float* b = p.b + column * (packed ? p.k : 1);
   const int64_t b_row = packed ? V * LANES : p.b_row;
   const float* a = summed ? p.sum : p.a;
   const int64_t a_row = summed ? p.k : p.a_row, a_column = summed ? 1 : p.a_column;
-  const int64_t rows = last - first, tiles = (rows + tile_rows(V) - 1) / tile_rows(V);
+  const int64_t rows = last - first, tiles = (rows + R - 1) / R;
   // The next panel comes from far: a share of it is fetched during each tile.
-  const int64_t fetches = packed ? (STEP * V + tiles - 1) / tiles : 0;
-  const int64_t share = fetches * LANES * ((p.k + STEP - 1) / STEP);
+  const int64_t lines = packed ? (STEP * V + tiles - 1) / tiles : 0;
+  const int64_t share = lines * LANES * ((p.k + STEP - 1) / STEP);
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t row = first + rows * t / tiles, end = first + rows * (t + 1) / tiles;
-    tile_of<tile_rows(V), V>(end - row, p, a + row * a_row, a_row, a_column, b, b_row, row, column,
-                               b + p.k * V * LANES + t * share, fetches);
+    tile_of<R, V>(end - row, p, a + row * a_row, a_row, a_column, b, b_row, row, column,
+                  Ahead{b + p.k * V * LANES + t * share, lines});
   }
 }
 
@@ -105,7 +123,7 @@ INLINE void panel(const MatrixProduct& p, int64_t column, int64_t first, int64_t
 INLINE void add_plus(const MatrixProduct& p, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++)
     for (int64_t k = 0; k < p.k; k++)
-      p.sum[i * p.k + k] = p.a[i * p.a_row + k * p.a_column] + p.plus[i * p.a_row + k * p.a_column];
+      p.sum[i * p.k + k] = p.a[i * p.a_row + k] + p.plus[i * p.a_row + k];
 }
 
 // Calls work(V, column) for the panels of n columns: four vectors each, then two, then one.
@@ -117,11 +135,44 @@ INLINE void for_panels(int64_t n, const Work& work) {
   for (; column < n; column += LANES) work(Vectors<1>{}, column);
 }
 
-FOR_EVERY_CPU void some_rows(const MatrixProduct& p, int64_t first, int64_t last) {
+// In tiles of R rows.
+template <int R>
+INLINE void some_rows_by(const MatrixProduct& p, int64_t first, int64_t last) {
+  if (first == last) return;
   if (p.plus) add_plus(p, first, last);
   for_panels(p.n, [&](auto vectors, int64_t column) INLINED {
-    panel<vectors>(p, column, first, last);
+    panel<R, vectors>(p, column, first, last);
   });
+}
+
+#if defined(__x86_64__) && !defined(__clang__)
+__attribute__((target("arch=x86-64-v4"))) void some_rows_with_avx512(const MatrixProduct& p,
+                                                                      int64_t first,
+                                                                      int64_t last) {
+  some_rows_by<TALLEST>(p, first, last);
+}
+#endif
+
+// Right anywhere, and fast nowhere: fewer registers hold no tile.
+void some_rows_anywhere(const MatrixProduct& p, int64_t first, int64_t last) {
+  some_rows_by<1>(p, first, last);
+}
+
+INLINE bool has_avx512() {
+#if defined(__x86_64__) && !defined(__clang__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd");
+#else
+  return false;
+#endif
+}
+
+INLINE void some_rows(const MatrixProduct& p, int64_t first, int64_t last) {
+#if defined(__x86_64__) && !defined(__clang__)
+  if (has_avx512()) return some_rows_with_avx512(p, first, last);
+#endif
+  some_rows_anywhere(p, first, last);
 }
 
 // The panel of V vectors of columns from `column`.
@@ -152,8 +203,8 @@ int64_t sizeof_MatrixProduct() { return sizeof(MatrixProduct); }
 
 // Whether these products are faster than torch's: AVX-512 on a processor for which MKL has none.
 int prefers_own_products() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_is("amd");
+#if defined(__x86_64__) && !defined(__clang__)
+  return has_avx512() && __builtin_cpu_is("amd");
 #else
   return 0;
 #endif

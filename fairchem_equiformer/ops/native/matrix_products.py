@@ -66,7 +66,7 @@ class MatrixProducts:
             a: [rows, k], of any strides.
             b: [k, n], packed or with dense rows.
             out: [rows, n], with dense rows.
-            plus: [rows, k], of the strides of ``a``.
+            plus: [rows, k], of the strides of ``a``, both with dense rows.
             sums: [rows, k] dense, where ``a + plus`` is written.
             also: [rows, n], of the strides of ``out``: a second result.
             bias: [n].
@@ -76,7 +76,8 @@ class MatrixProducts:
         Raises:
             ValueError: if rows that must be dense are not.
         """
-        for name, dense in (("b", None if isinstance(b, Packed) else b), ("out", out)):
+        unpacked = None if isinstance(b, Packed) else b
+        for name, dense in (("b", unpacked), ("out", out), ("plus", plus)):
             if dense is not None and dense.stride(1) != 1:
                 raise ValueError(f"rows of {name} lie at strides {dense.stride()}")
         matrix = b.panels if isinstance(b, Packed) else b
