@@ -58,39 +58,3 @@ def wrapped(
 def _is_method(owner: type, name: str) -> bool:
     """Whether a class has a function that takes an instance."""
     return not isinstance(getattr_static(owner, name), (classmethod, staticmethod))
-
-
-class SO2Layers:
-    """Which of an attention layer's two SO(2) layers some weights belong to, and their size."""
-
-    MADE = Boundary("ops.edge_attention:_Convolutions", "of")
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[str, int]] = {}
-        self._alive: list[Any] = []  # so that no address comes again
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within, look at all weights that are made."""
-        with wrapped([self.MADE], self._watch):
-            yield
-
-    def _watch(self, _: Boundary, make: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(weights: Any, *arguments: Any, **keywords: Any) -> Any:
-            made = make(weights, *arguments, **keywords)
-            self._alive.append(made)
-            layers = {"1": (made.first, weights.conv_1), "2": (made.second, weights.conv_2)}
-            for name, (layer, (zero, *orders)) in layers.items():
-                # Of m > 0 (A over B), of which complex products make three.
-                products = zero.numel() + sum(3 * order.numel() // 2 for order in orders)
-                self._known[id(layer)] = name, products
-            return made
-
-        return watched
-
-    def of(self, arguments: Sequence[Any]) -> tuple[str, int]:
-        """Return the layer ("1", "2", or "" if unknown) whose weights are among the arguments.
-
-        And the multiplications that an edge takes.
-        """
-        return next((self._known[id(a)] for a in arguments if id(a) in self._known), ("", 0))

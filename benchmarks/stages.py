@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import regions
-from benchmarks.boundaries import Boundary, SO2Layers, wrapped
+from benchmarks.boundaries import Boundary, wrapped
 from benchmarks.flop import counted_flop
 from benchmarks.instruments import copy_rate, gemm_rate, meter_of, run
 from benchmarks.measure import TASKS
@@ -24,7 +24,7 @@ from fairchem_equiformer.ops.edges import ChunkFrames
 from fairchem_equiformer.ops.message import Message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from benchmarks.spec import Spec
 
@@ -113,6 +113,31 @@ class Ledger:
         self._since = now
 
 
+class SO2Layers:
+    """Which of an attention layer's two SO(2) layers some weights belong to."""
+
+    MADE = Boundary("ops.edge_attention:_Convolutions", "of")
+
+    def __init__(self) -> None:
+        self._known: dict[int, str] = {}
+        self._alive: list[Any] = []  # so that no address comes again
+
+    def watch(self, _: Boundary, make: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap what makes the weights."""
+
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            made = make(*arguments, **keywords)
+            self._alive.append(made)
+            self._known |= {id(made.first): "1", id(made.second): "2"}
+            return made
+
+        return watched
+
+    def of(self, arguments: Sequence[Any]) -> str:
+        """Return "1" or "2" by the weights among the arguments; "" for unknown ones."""
+        return next((self._known[id(a)] for a in arguments if id(a) in self._known), "")
+
+
 @contextmanager
 def staged(clock: Callable[[], float], *, sizes: bool = False) -> Iterator[Ledger]:
     """Give a ledger of what is done within; ``sizes``: also of the bytes of tensors."""
@@ -123,7 +148,7 @@ def staged(clock: Callable[[], float], *, sizes: bool = False) -> Iterator[Ledge
         skipped = OF_ALL_ATOMS.get(boundary, set())
 
         def call(*arguments: Any, **keywords: Any) -> Any:
-            stage = f"{SO2} {layers.of(arguments)[0]}" if name == SO2 else name
+            stage = f"{SO2} {layers.of(arguments)}" if name == SO2 else name
             ledger.begin(stage)
             try:
                 result = function(*arguments, **keywords)
@@ -136,7 +161,7 @@ def staged(clock: Callable[[], float], *, sizes: bool = False) -> Iterator[Ledge
 
         return call
 
-    with layers.watched(), wrapped(list(STAGE_OF), wrap):
+    with wrapped([layers.MADE], layers.watch), wrapped(list(STAGE_OF), wrap):
         yield ledger
         ledger.close()
 

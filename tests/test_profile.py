@@ -16,12 +16,13 @@ import torch
 import yaml
 from rich.console import Console
 
-from benchmarks import profile, regions, stages
-from benchmarks.boundaries import SO2Layers, find
+from benchmarks import flop, profile, regions, stages
+from benchmarks.boundaries import find
 from benchmarks.flop import counted_flop
 from benchmarks.measure import TASKS
 from benchmarks.spec import Spec
 from fairchem_equiformer import EquiformerV2
+from fairchem_equiformer.ops import linear, so2_packed
 from fairchem_equiformer.ops.choice import VARIABLE
 from fairchem_equiformer.ops.native import loader
 from tests.test_benchmarks import TINY
@@ -58,7 +59,7 @@ def step(spec):
 
 def test_every_function_is_where_the_tables_say():
     assert EquiformerV2  # imports all of them
-    for boundary in (*stages.STAGE_OF, SO2Layers.MADE):
+    for boundary in (*stages.STAGE_OF, *flop.KERNELS, stages.SO2Layers.MADE):
         assert find(boundary) is not None, boundary
     assert (
         stages.OF_ALL_ATOMS.keys() | stages.BY_BYTES
@@ -67,7 +68,7 @@ def test_every_function_is_where_the_tables_say():
 
 
 def functions():
-    wrapped = (*stages.STAGE_OF, SO2Layers.MADE)
+    wrapped = (*stages.STAGE_OF, *flop.KERNELS, stages.SO2Layers.MADE)
     return {boundary: getattr_static(find(boundary), boundary.name) for boundary in wrapped}
 
 
@@ -86,24 +87,38 @@ def test_a_step_by_stage(step):
     assert functions() == before
 
 
-@pytest.mark.parametrize("products", ["native", "auto"])
-def test_flops_are_counted_whoever_makes_the_products(spec, monkeypatch, products):
+@pytest.mark.parametrize("by", ["kernels", "torch"])
+def test_flops_are_counted_whoever_makes_the_products(by, spec, monkeypatch):
     """As many as the weights have numbers, for each edge."""
-    monkeypatch.setenv(VARIABLE, products)
+    if by == "torch":
+        for module in (so2_packed, linear):
+            monkeypatch.setattr(module, "product_kernels", lambda *_, **__: None)
+    elif loader.library() is None:
+        pytest.skip("there are no compiled kernels")
+    else:
+        monkeypatch.setenv(VARIABLE, "native")
     config = {"model": TINY | SIZES | {"regress_forces": False}}
     Path(spec.config).write_text(yaml.safe_dump(config))
     work = TASKS["inference"](spec)
-    edges = work.model.embed(work.data).graph.source.shape[0]
+    edges = len(work.model.read(work.data).source)
     with counted_flop() as counter, stages.staged(lambda: counter.flop) as ledger:
         work.forward()
 
-    parameters = dict(work.model.named_parameters())
+    def numbers(pattern):
+        parameters = work.model.named_parameters()
+        return sum(p.numel() for name, p in parameters if re.fullmatch(pattern, name))
+
     for layer in (1, 2):
-        name = f"blocks.0.ga.so2_conv_{layer}."
-        zero = parameters[f"{name}fc_m0.weight"].numel()
-        rest = [p for n, p in parameters.items() if re.match(rf"{name}so2_m_conv.*\.fc\.weight", n)]
-        least = zero + 3 * sum(p.numel() for p in rest) // 2
-        assert ledger.spent[f"SO(2) layer {layer}"] == 2 * edges * least
+        name = rf"blocks\.0\.ga\.so2_conv_{layer}\."
+        zero = numbers(rf"{name}fc_m0\.weight")
+        orders = numbers(rf"{name}so2_m_conv\.\d\.fc\.weight")
+        # A over B, of which the complex product makes three.
+        expected = 2 * edges * (zero + 3 * orders // 2)
+        assert ledger.spent[f"SO(2) layer {layer}"] == expected > 0
+    last = numbers(
+        r"(blocks\.0\.ga\.so2_conv_1|edge_degree_embedding)\.rad_func\.net\.[36]\.weight"
+    )
+    assert ledger.spent["radial function"] == 2 * edges * last
 
 
 def run_here(spec, _, module):
@@ -157,10 +172,11 @@ before = regions.counted()
 y + y
 assert regions.counted() == before
 x + x
-print(regions.counted() - before)
+x @ x
+print(regions.counted(with_mkl=False) - before, regions.counted() > before + 1)
 torch.set_num_threads(1)
 x + x
-print(regions.counted() - before)
+print(regions.counted(with_mkl=False) - before)
 """
 
 
@@ -171,7 +187,7 @@ def test_parallel_regions_are_those_of_more_than_one_thread(tmp_path):
     variables = os.environ | counting | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", REGIONS]
     root = Path(regions.__file__).parents[1]
-    assert subprocess.check_output(command, env=variables, cwd=root, text=True) == "1\n1\n"
+    assert subprocess.check_output(command, env=variables, cwd=root, text=True) == "1 True\n1\n"
 
 
 def test_without_a_compiler_nothing_is_counted(tmp_path, monkeypatch):
