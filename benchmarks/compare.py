@@ -11,12 +11,18 @@ row and implementation to ``<out>/results.jsonl`` and, with two sizes or more, d
     python -m benchmarks.compare --implementations ours --sizes 409 1609 10009
     python -m benchmarks.compare --tasks relaxation --sizes 45
     python -m benchmarks.compare --implementations stock ours escn gemnet_oc esen
+    python -m benchmarks.compare --base main~5 --tasks inference training --sizes 45
 
 Structures are those of :func:`benchmarks.slab.slab`; ``4x45`` is a batch of four. All dropout is
 off. fairchem's other models (:mod:`benchmarks.context`) have one published size each, whatever
 ``--models`` says, and weights of their own: their results are not compared. GEMM share is the time
 that an implementation's own matrix products would take at the rate of a large fp32 product in the
 same process, over the time that it took. Regions are parallel ones (:mod:`benchmarks.regions`).
+
+With ``--base REF`` another commit of this project and this tree take turns, by the same benchmarks.
+The exit status is 1 where this tree takes more than 5% longer or 5% more memory at the peak, or any
+more FLOPs, bytes kept or parallel regions. Time and peak are medians of rounds, and judged only
+where the base's own rounds differ by less.
 """
 
 from __future__ import annotations
@@ -41,6 +47,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import regions
+from benchmarks.base import checked_out, judged
 from benchmarks.context import CONTEXT, refusal
 from benchmarks.plot import draw_scaling
 from benchmarks.spec import CLASSES, TASKS, Spec
@@ -96,17 +103,20 @@ def difference(results: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
     }
 
 
-def run_child(spec: Spec, timeout: float, module: str = "benchmarks.measure") -> Record:
+def run_child(
+    spec: Spec, timeout: float, module: str = "benchmarks.measure", root: Path = ROOT
+) -> Record:
     """Run one measurement in a process of its own.
 
     Args:
         spec: What to measure.
         timeout: Seconds after which the process is given up.
         module: What measures.
+        root: Folder of the package that is measured.
 
     Raises:
         RuntimeError: The process failed other than by want of memory or time; the message ends
-            with what it wrote to its standard error.
+            with what it wrote to its standard error. Or it measured a package in another folder.
     """
     spec_file = Path(spec.record).with_suffix(".spec")
     spec_file.write_text(json.dumps(asdict(spec)))
@@ -116,7 +126,7 @@ def run_child(spec: Spec, timeout: float, module: str = "benchmarks.measure") ->
     try:
         child = subprocess.run(
             command,
-            cwd=ROOT,
+            cwd=root,
             env=variables,
             capture_output=True,
             text=True,
@@ -130,13 +140,28 @@ def run_child(spec: Spec, timeout: float, module: str = "benchmarks.measure") ->
     if child.returncode != 0:
         msg = f"{' '.join(command)} ended with {child.returncode}:\n{child.stderr[-4000:]}"
         raise RuntimeError(msg)
-    return json.loads(Path(spec.record).read_text())
+    record = json.loads(Path(spec.record).read_text())
+    if record.pop("package", str(root.resolve())) != str(root.resolve()):
+        raise RuntimeError(f"{' '.join(command)} in {root} measured a package in another folder")
+    return record
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who takes part: an implementation, of the package in a folder."""
+
+    implementation: str
+    root: Path = ROOT
 
 
 def measure_row(
-    row: Row, config: Path, weights: Path, options: argparse.Namespace
+    row: Row,
+    config: Path,
+    weights: Path,
+    contenders: dict[str, Contender],
+    options: argparse.Namespace,
 ) -> dict[str, Record]:
-    """Return one record for each implementation, over all rounds.
+    """Return one record for each contender, over all rounds.
 
     Of the implementations that share weights, each record has ``difference``, from the first one's
     results, and the first one's has ``spread``, between two rounds of its own: the stock model
@@ -158,7 +183,7 @@ def measure_row(
             record="",
             results="",
         )
-        names = options.implementations
+        names = list(contenders)
         rounds: dict[str, list[Record]] = {name: [] for name in names}
         for number, name in itertools.product(range(options.rounds), names):
             if any("failure" in record for record in rounds[name]):
@@ -166,14 +191,14 @@ def measure_row(
             file = Path(folder) / f"{name}-{number}"
             spec = replace(
                 template,
-                implementation=name,
+                implementation=contenders[name].implementation,
                 round=number,
                 record=f"{file}.json",
                 results=f"{file}.pt",
             )
             label = f"{row.task}, {row.model}, {row.copies} x {row.atoms} atoms, {name}"
             print(f"{label}, round {number + 1} of {options.rounds}", file=sys.stderr)
-            rounds[name].append(run_child(spec, options.timeout))
+            rounds[name].append(run_child(spec, options.timeout, root=contenders[name].root))
 
         records = {name: summary(rounds[name]) for name in names}
         comparable = {name: records[name] for name in names if name not in CONTEXT}
@@ -211,6 +236,10 @@ def summary(records: list[Record]) -> Record:
         "peak_bytes": max(record["peak_bytes"] for record in records),
         "flop": records[0]["flop"],
         "gemm_flop_per_second": max(record["gemm_flop_per_second"] for record in records),
+    }
+    merged["rounds"] = {
+        "seconds": [median(record["times"]) for record in records],
+        "peak_bytes": [record["peak_bytes"] for record in records],
     }
     merged["gemm_share"] = merged["flop"] / merged["gemm_flop_per_second"] / merged["seconds"]
     for name in ("saved_bytes", "regions"):
@@ -280,15 +309,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--models", nargs="+", default=["31M"], help=f"{models} or config files")
     add("--sizes", nargs="+", type=size, default=[(1, 45), (1, 153), (1, 409)], help="45, 4x45")
     choices = [*CLASSES, *CONTEXT]
-    add("--implementations", nargs="+", choices=choices, default=["stock", "ours"])
+    add("--implementations", nargs="+", choices=choices, help="stock ours")
+    add("--base", metavar="REF", help="compare with this commit: ours, or another implementation")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--threads", type=int, default=2, help="CPU threads")
-    add("--rounds", type=int, default=2, help="processes per implementation and row")
+    add("--rounds", type=int, help="processes per implementation and row: 2, or 5 with --base")
     add("--seconds", type=float, default=5.0, help="least time to repeat the timed call for")
     add("--timeout", type=float, default=900.0, help="seconds after which a process is given up")
     add("--memory", type=float, default=0.8 * available_gib(), help="GiB a process may take (CPU)")
     add("--out", type=Path, default=ROOT / "benchmarks/runs", help="folder of the results")
     options = parser.parse_args(arguments)
+    options.rounds = options.rounds or (5 if options.base else 2)
+    if options.implementations is None:
+        options.implementations = ["ours"] if options.base else ["stock", "ours"]
+    if options.base and options.implementations not in (["ours"], ["equiformer"]):
+        parser.error("--base compares one implementation of this package: ours or equiformer")
     for name, task in itertools.product(options.implementations, options.tasks):
         if reason := refusal(name, task):
             parser.error(reason)
@@ -296,11 +331,40 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Record]:
-    """Measure, print and write all rows; return the lines written."""
+    """Measure, print and write all rows; return the lines written.
+
+    Raises:
+        SystemExit: with ``--base``, if something got worse.
+    """
     options = parse(arguments)
+    contenders = {name: Contender(name) for name in options.implementations}
+    if not options.base:
+        return measure_rows(contenders, options)
+    (name,) = contenders
+    with checked_out(options.base) as tree:
+        lines = measure_rows({"base": Contender(name, tree)} | contenders, options)
+    if worse := judge(lines):
+        raise SystemExit("\n".join(["worse than the base:", *worse]))
+    return lines
+
+
+def judge(lines: list[Record]) -> list[str]:
+    """Print what could not be judged of pairs of lines; return what got worse."""
+    found = []
+    for base, new in zip(lines[::2], lines[1::2], strict=True):
+        worse, unsure = judged(base, new)
+        row = f"{new['task']}, {new['model']}, {new['copies']} x {new['atoms']} atoms"
+        found += [f"{row}: {said}" for said in worse]
+        for said in unsure:
+            print(f"not judged: {row}: {said}")
+    return found
+
+
+def measure_rows(contenders: dict[str, Contender], options: argparse.Namespace) -> list[Record]:
+    """Measure, print and write all rows; return the lines written."""
     options.out.mkdir(parents=True, exist_ok=True)
     ledger = options.out / "results.jsonl"
-    about = environment(options)
+    about = environment(options) | ({"base": options.base} if options.base else {})
     lines: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, model in enumerate(options.models):
@@ -308,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
             weights = Path(folder) / f"weights-{number}.pt"
             for task, (copies, atoms) in itertools.product(options.tasks, options.sizes):
                 row = Row(task, Path(model).stem, atoms, copies)
-                records = measure_row(row, config, weights, options)
+                records = measure_row(row, config, weights, contenders, options)
                 new = [
                     asdict(row) | {"implementation": name} | record | about
                     for name, record in records.items()
@@ -317,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
                     file.writelines(json.dumps(line) + "\n" for line in new)
                 lines += new
     Console(width=WIDTH).print(table(lines))
-    if len(options.sizes) > 1:
+    if len(options.sizes) > 1 and not options.base:
         print(f"figures: {ledger}\npicture: {draw_scaling(ledger, options.out / 'scaling.png')}")
     return lines
 

@@ -232,6 +232,9 @@ def measured(make: Callable[[Spec], Work], spec: Spec) -> tuple[Work, dict[str, 
     if regions_before is not None:
         calls = len(times) * work.calls
         record["regions"] = (regions.counted() - regions_before) // calls
+    package = sys.modules.get("fairchem_equiformer")
+    if package is not None and package.__file__:
+        record["package"] = str(Path(package.__file__).resolve().parents[1])
     if work.keeps:
         record["saved_bytes"] = counts["saved_bytes"]
     return work, record
