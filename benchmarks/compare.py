@@ -10,7 +10,7 @@ row and implementation to ``<out>/results.jsonl`` and, with two sizes or more, d
     python -m benchmarks.compare --tasks neighbors --sizes 409 1609 10009
     python -m benchmarks.compare --implementations ours --sizes 409 1609 10009
     python -m benchmarks.compare --tasks relaxation --sizes 45
-    python -m benchmarks.compare --implementations stock ours escn gemnet_oc esen
+    python -m benchmarks.compare --implementations stock ours escn gemnet_oc esen uma_s
     python -m benchmarks.compare --base main~5 --tasks inference training --sizes 45
 
 Structures are those of :func:`benchmarks.slab.slab`; ``4x45`` is a batch of four. All dropout is
@@ -48,7 +48,7 @@ from rich.console import Console
 
 from benchmarks import regions
 from benchmarks.base import checked_out, judged
-from benchmarks.context import CONTEXT, refusal
+from benchmarks.context import CONTEXT, PYTHON2, refusal
 from benchmarks.plot import draw_scaling
 from benchmarks.spec import CLASSES, TASKS, Spec
 from benchmarks.table import WIDTH, Record, table
@@ -103,16 +103,30 @@ def difference(results: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
     }
 
 
-def run_child(
-    spec: Spec, timeout: float, module: str = "benchmarks.measure", root: Path = ROOT
-) -> Record:
+@dataclass(frozen=True)
+class Contender:
+    """Who takes part.
+
+    Attributes:
+        implementation: What is measured.
+        root: Folder of the package that is measured.
+        module: What measures.
+        python: In which environment.
+    """
+
+    implementation: str
+    root: Path = ROOT
+    module: str = "benchmarks.measure"
+    python: str = sys.executable
+
+
+def run_child(spec: Spec, timeout: float, contender: Contender) -> Record:
     """Run one measurement in a process of its own.
 
     Args:
         spec: What to measure.
         timeout: Seconds after which the process is given up.
-        module: What measures.
-        root: Folder of the package that is measured.
+        contender: Whom to measure.
 
     Raises:
         RuntimeError: The process failed other than by want of memory or time; the message ends
@@ -122,11 +136,11 @@ def run_child(
     spec_file.write_text(json.dumps(asdict(spec)))
     threads = {"OMP_NUM_THREADS": str(spec.threads)}
     variables = os.environ | threads | regions.counting(spec_file.parent)
-    command = [sys.executable, "-m", module, str(spec_file)]
+    command = [contender.python, "-m", contender.module, str(spec_file)]
     try:
         child = subprocess.run(
             command,
-            cwd=root,
+            cwd=contender.root,
             env=variables,
             capture_output=True,
             text=True,
@@ -141,17 +155,10 @@ def run_child(
         msg = f"{' '.join(command)} ended with {child.returncode}:\n{child.stderr[-4000:]}"
         raise RuntimeError(msg)
     record = json.loads(Path(spec.record).read_text())
-    if record.pop("package", str(root.resolve())) != str(root.resolve()):
+    root = str(contender.root.resolve())
+    if record.pop("package", root) != root:
         raise RuntimeError(f"{' '.join(command)} in {root} measured a package in another folder")
     return record
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Who takes part: an implementation, of the package in a folder."""
-
-    implementation: str
-    root: Path = ROOT
 
 
 def measure_row(
@@ -198,7 +205,7 @@ def measure_row(
             )
             label = f"{row.task}, {row.model}, {row.copies} x {row.atoms} atoms, {name}"
             print(f"{label}, round {number + 1} of {options.rounds}", file=sys.stderr)
-            rounds[name].append(run_child(spec, options.timeout, root=contenders[name].root))
+            rounds[name].append(run_child(spec, options.timeout, contenders[name]))
 
         records = {name: summary(rounds[name]) for name in names}
         comparable = {name: records[name] for name in names if name not in CONTEXT}
@@ -242,7 +249,7 @@ def summary(records: list[Record]) -> Record:
         "peak_bytes": [record["peak_bytes"] for record in records],
     }
     merged["gemm_share"] = merged["flop"] / merged["gemm_flop_per_second"] / merged["seconds"]
-    for name in ("saved_bytes", "regions"):
+    for name in ("saved_bytes", "regions", "torch", "fairchem-core"):
         if name in records[0]:
             merged[name] = records[0][name]
     if "forward_times" in records[0]:
@@ -317,6 +324,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=5.0, help="least time to repeat the timed call for")
     add("--timeout", type=float, default=900.0, help="seconds after which a process is given up")
     add("--memory", type=float, default=0.8 * available_gib(), help="GiB a process may take (CPU)")
+    add("--python2", type=Path, default=PYTHON2, help="Python with fairchem-core 2, for uma_s")
     add("--out", type=Path, default=ROOT / "benchmarks/runs", help="folder of the results")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (5 if options.base else 2)
@@ -325,7 +333,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.base and options.implementations not in (["ours"], ["equiformer"]):
         parser.error("--base compares one implementation of this package: ours or equiformer")
     for name, task in itertools.product(options.implementations, options.tasks):
-        if reason := refusal(name, task):
+        if reason := refusal(name, task, options.python2):
             parser.error(reason)
     return options
 
@@ -337,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
         SystemExit: with ``--base``, if something got worse.
     """
     options = parse(arguments)
-    contenders = {name: Contender(name) for name in options.implementations}
+    contenders = {name: contender(name, options.python2) for name in options.implementations}
     if not options.base:
         return measure_rows(contenders, options)
     (name,) = contenders
@@ -346,6 +354,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     if worse := judge(lines):
         raise SystemExit("\n".join(["worse than the base:", *worse]))
     return lines
+
+
+def contender(name: str, python2: Path) -> Contender:
+    """Return who measures an implementation, and in which environment."""
+    if name in CONTEXT and CONTEXT[name].fairchem == 2:
+        return Contender(name, module="benchmarks.uma", python=str(python2))
+    return Contender(name)
 
 
 def judge(lines: list[Record]) -> list[str]:
@@ -374,7 +389,7 @@ def measure_rows(contenders: dict[str, Contender], options: argparse.Namespace) 
                 row = Row(task, Path(model).stem, atoms, copies)
                 records = measure_row(row, config, weights, contenders, options)
                 new = [
-                    asdict(row) | {"implementation": name} | record | about
+                    about | asdict(row) | {"implementation": name} | record
                     for name, record in records.items()
                 ]
                 with ledger.open("a") as file:

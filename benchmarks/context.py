@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+PYTHON2 = Path(__file__).parents[1] / ".venv-fairchem2/bin/python"  # by `make install-fairchem2`
 MODELS = "fairchem.core.models"
 NO_SEARCH = {"neighbors": "it has no search of its own; fairchem's is measured as that of stock"}
 
@@ -23,6 +25,7 @@ class Context:
         config: Arguments of the class.
         packages: What it imports beyond fairchem-core's requirements: module to distribution.
         cannot: Tasks that it cannot do, and why.
+        fairchem: Major version of fairchem-core that has it: 1, or 2 in an environment of its own.
     """
 
     model: str
@@ -30,6 +33,7 @@ class Context:
     config: dict[str, Any]
     packages: dict[str, str] = field(default_factory=dict)
     cannot: dict[str, str] = field(default_factory=NO_SEARCH.copy)
+    fairchem: int = 1
 
 
 CONTEXT = {
@@ -142,16 +146,58 @@ CONTEXT = {
         cannot=NO_SEARCH
         | {"relaxation": "fairchem's writes to positions, which this model ties to a gradient"},
     ),
+    # The part of UMA-S (arXiv:2506.23971) that runs for one structure: 6,020,097 parameters, its
+    # experts merged; forces by gradient. Every other argument is fairchem's default.
+    "uma_s": Context(
+        model=f"{MODELS}.uma.escn_md.eSCNMDBackbone",
+        size="6M",
+        config={
+            "num_layers": 4,
+            "sphere_channels": 128,
+            "hidden_channels": 128,
+            "edge_channels": 128,
+            "lmax": 2,
+            "mmax": 2,
+            "cutoff": 6.0,
+            "max_neighbors": 30,
+            "num_distance_basis": 64,
+            "otf_graph": True,
+            "always_use_pbc": False,
+            "regress_forces": True,
+            "direct_forces": False,
+            "dataset_mapping": {name: name for name in ("oc20", "omat", "omol", "odac", "omc")},
+            "chg_spin_emb_type": "rand_emb",
+            "cs_emb_grad": True,
+            "dataset_emb_grad": True,
+            "execution_mode": "umas_fast_pytorch",
+        },
+        cannot=dict.fromkeys(
+            ("training", "relaxation", "neighbors"),
+            "only its inference is measured, in the environment of fairchem-core 2",
+        ),
+        fairchem=2,
+    ),
 }
 
 
-def refusal(name: str, task: str) -> str | None:
-    """Return why an implementation cannot be measured at a task here, or None if it can."""
+def refusal(name: str, task: str, python2: Path = PYTHON2) -> str | None:
+    """Return why an implementation cannot be measured at a task here, or None if it can.
+
+    Args:
+        name: of the implementation.
+        task: one of :data:`benchmarks.spec.TASKS`.
+        python2: the Python of an environment with fairchem-core 2.
+    """
     if name not in CONTEXT:
         return None
     context = CONTEXT[name]
     if task in context.cannot:
         return f"{name} cannot be measured at {task}: {context.cannot[task]}"
+    if context.fairchem == 2 and not python2.exists():
+        return (
+            f"{name} needs fairchem-core 2, and there is no {python2}: run make install-fairchem2, "
+            "or name another Python by --python2"
+        )
     for module, package in context.packages.items():
         if find_spec(module) is None:
             return (

@@ -20,6 +20,8 @@ COLORS = {
     "escn": "tab:orange",
     "gemnet_oc": "tab:green",
     "esen": "tab:red",
+    "uma_s": "tab:olive",
+    "base": "tab:cyan",
     "equiformer": "tab:purple",
     "e3nn": "tab:brown",
 }

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import CONFIGS, available_gib, device_name, run_child, size
+from benchmarks.compare import CONFIGS, Contender, available_gib, device_name, run_child, size
 from benchmarks.spec import Spec
 from benchmarks.table import WIDTH, Record
 
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> Record:
             record=f"{folder}/record.json",
             results=f"{folder}/results.pt",
         )
-        record = run_child(spec, options.timeout, "benchmarks.stages")
+        record = run_child(spec, options.timeout, Contender("ours", module="benchmarks.stages"))
     if "failure" in record:
         raise SystemExit(f"benchmarks.profile: {record['failure']}")
     batch = f"{copies} x {atoms}" if copies > 1 else f"{atoms}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare, context, instruments, measure
-from benchmarks.context import CONTEXT, refusal
+from benchmarks.context import CONTEXT, PYTHON2, refusal
 from benchmarks.flop import CountFlop
 from benchmarks.instruments import saved_for_backward
 from benchmarks.measure import batch_of
-from benchmarks.plot import draw_scaling
+from benchmarks.plot import COLORS, draw_scaling
 from benchmarks.slab import slab
-from benchmarks.spec import Spec
+from benchmarks.spec import CLASSES, Spec
 from benchmarks.table import cells, read_ledger, table
 from tests.tolerances import TOLERANCES
 
@@ -48,6 +49,9 @@ TINY = {
     "edge_channels": 16,
     "use_grid_mlp": True,
 }
+
+
+HERE = [name for name in CONTEXT if CONTEXT[name].fairchem == 1]
 
 
 @pytest.fixture
@@ -194,6 +198,10 @@ def test_scaling_picture(ledger: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_implementation_has_a_colour() -> None:
+    assert {*CLASSES, *CONTEXT} <= COLORS.keys()
+
+
 def reduced(name: str) -> context.Context:
     """Return one of fairchem's other models, small enough for a test."""
     smaller = {
@@ -233,7 +241,7 @@ def installed(name: str) -> str:
 
 
 @pytest.mark.parametrize("task", ["inference", "training", "relaxation"])
-@pytest.mark.parametrize("name", CONTEXT)
+@pytest.mark.parametrize("name", HERE)
 def test_context_models_do_each_task_or_are_refused_it(
     name: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +258,7 @@ def test_context_models_do_each_task_or_are_refused_it(
     assert results["forces"].any()
 
 
-@pytest.mark.parametrize("name", CONTEXT)
+@pytest.mark.parametrize("name", HERE)
 def test_context_models_have_their_published_size(name: str, tmp_path: Path) -> None:
     model = measure.build(context_spec(installed(name), "inference", tmp_path))
     parameters = sum(p.numel() for p in model.parameters())
@@ -260,7 +268,7 @@ def test_context_models_have_their_published_size(name: str, tmp_path: Path) -> 
 def test_context_models_get_ratios_but_no_difference(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_here(spec: Spec, _: float) -> Record:
+    def run_here(spec: Spec, *_: Any) -> Record:
         return json.loads(json.dumps(measure.measure(spec)))
 
     monkeypatch.setitem(CONTEXT, "escn", reduced("escn"))
@@ -296,3 +304,35 @@ def test_what_context_models_cannot_do_is_refused(
         compare.parse(["--implementations", "stock", "gemnet_oc"])
     assert "gemnet_oc needs the package torch-sparse" in capsys.readouterr().err
     compare.parse(["--implementations", "stock", "ours", "escn", "esen"])
+
+
+def test_uma_needs_an_environment_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    command = ["--implementations", "ours", "uma_s", "--python2", str(python)]
+    with pytest.raises(SystemExit):
+        compare.parse(command)
+    assert f"needs fairchem-core 2, and there is no {python}: run make" in capsys.readouterr().err
+
+    python.touch()
+    options = compare.parse(command)
+    found = compare.contender("uma_s", options.python2)
+    assert (found.python, found.module) == (str(python), "benchmarks.uma")
+    assert compare.contender("ours", options.python2).python == sys.executable
+    with pytest.raises(SystemExit):
+        compare.parse([*command, "--tasks", "training"])
+    assert "uma_s cannot be measured at training: only its" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not PYTHON2.exists(), reason="there is no environment of fairchem-core 2")
+def test_uma_in_the_same_table(tmp_path: Path, tiny: Path) -> None:
+    command = ["--models", str(tiny), "--sizes", "9", "--out", str(tmp_path)]
+    quick = ["--rounds", "1", "--seconds", "0", "--threads", "1", "--implementations"]
+    ours, uma = compare.main([*command, *quick, "ours", "uma_s"])
+    assert uma["atoms"] == ours["atoms"]
+    assert uma["fairchem-core"].startswith("2.")
+    assert ours["fairchem-core"].startswith("1.")
+    assert "difference" not in uma
+    assert min(uma["seconds"], uma["flop"], uma["peak_bytes"]) > 0

@@ -133,7 +133,8 @@ def tiny(tmp_path):
 def test_two_commits_take_turns(tiny, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def run(spec, _, root):
+    def run(spec, _, contender):
+        root = contender.root
         calls.append((spec.implementation, root, spec.weights))
         torch.save({"energy": torch.ones(1)}, spec.results)
         return {

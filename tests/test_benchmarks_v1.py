@@ -73,7 +73,7 @@ def test_what_e3nn_is_not_compared_with():
 
 
 def test_the_same_numbers_with_less_kept(tmp_path, monkeypatch):
-    def run_here(spec, _):
+    def run_here(spec, *_):
         return json.loads(json.dumps(measure.measure(spec)))
 
     monkeypatch.setattr(compare, "run_child", run_here)
