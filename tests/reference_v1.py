@@ -132,7 +132,8 @@ class Reference:
         self.irreps_sh = o3.Irreps(self.config.irreps_sh)
         degrees = [ir.l for _, ir in self.irreps_sh]
         self.sh = o3.spherical_harmonics(degrees, graph.vector, True, "component")
-        self.basis = self.gaussians()
+        bessel = self.config.distance_function == "bessel"
+        self.basis = self.bessel_functions() if bessel else self.gaussians()
 
     def gaussians(self) -> Tensor:
         expansion = self.model.distance_expansion
@@ -140,6 +141,13 @@ class Reference:
         std = expansion.std.abs() + 1e-5
         z = (x + expansion.bias - expansion.mean) / std
         return torch.exp(-0.5 * z**2) / (math.sqrt(2 * math.pi) * std)
+
+    def bessel_functions(self) -> Tensor:
+        distance, cutoff = self.graph.distance[:, None], self.config.max_radius
+        x = distance / cutoff
+        envelope = 1 - 21 * x**5 + 35 * x**6 - 15 * x**7
+        waves = torch.sin(self.model.distance_expansion.frequencies * x)
+        return envelope * math.sqrt(2 / cutoff) * waves / distance
 
     def radial(self, function: torch.nn.Module) -> Tensor:
         return function.net(self.basis)

@@ -9,17 +9,21 @@ import pytest
 import torch
 from ase import Atoms
 from e3nn import o3
+from scipy.special import spherical_jn
 from torch import Tensor
 
 from fairchem_equiformer.calculator import EquiformerCalculator
 from fairchem_equiformer.graph.build import build_graph
 from fairchem_equiformer.models import Equiformer
 from fairchem_equiformer.nn.irreps.activation import Gate, normalized_sigmoid, normalized_silu
-from fairchem_equiformer.nn.irreps.edges import envelope
 from fairchem_equiformer.nn.irreps.linear import IrrepsLinear
 from fairchem_equiformer.nn.irreps.norm import IrrepsLayerNorm
 from fairchem_equiformer.nn.irreps.tensor_product import TensorProduct
-from fairchem_equiformer.nn.radial import ExponentialNormalSmearing
+from fairchem_equiformer.nn.radial import (
+    ExponentialNormalSmearing,
+    SphericalBesselBasis,
+    envelope,
+)
 from fairchem_equiformer.ops.edges import NodeShare
 from fairchem_equiformer.so3.harmonics import harmonics
 from fairchem_equiformer.so3.irreps import blocks
@@ -149,6 +153,16 @@ def test_published_sizes_of_qm9(variant, millions):
     assert round(model.num_params / 1e6, 2) == millions
 
 
+def test_bessel_functions_learn_their_frequencies():
+    """As many numbers as functions, which weight decay leaves alone."""
+    with torch.device("meta"):
+        wide = Equiformer(**QM9)
+        model = Equiformer(**QM9, distance_function="bessel", num_distance_basis=8)
+    read_by = 7 * 64  # hidden units: six blocks and the edge-degree embedding
+    assert model.num_params == wide.num_params - 258 + 8 - read_by * (128 - 8)
+    assert "distance_expansion.frequencies" in model.no_weight_decay()
+
+
 def turned(outputs: dict[str, Tensor], rotation: Tensor) -> dict[str, Tensor]:
     """What a structure's outputs are after the rotation."""
     expected = dict(outputs)
@@ -205,7 +219,13 @@ class TestReference:
     @pytest.mark.parametrize("irreps", [DEGREE_2, PARITY], ids=["SE(3)", "E(3)"])
     @every_variant
     def test_outputs_and_gradients(self, variant, irreps):
-        model = build(**variant, **irreps, max_neighbors=6).double()
+        self.compare(build(**variant, **irreps, max_neighbors=6))
+
+    def test_bessel_functions(self):
+        self.compare(build(distance_function="bessel", max_neighbors=6))
+
+    def compare(self, model):
+        model = model.double()
         data = in_double(batch_of(slab("Cu", "CO", 1), single_atom()))
         found = results(model, data)
         graph = build_graph(data, model.config.graph(otf=True))
@@ -239,11 +259,12 @@ def cluster() -> Any:
 
 
 class TestDerivativesOfTheEnergy:
-    @pytest.fixture
-    def model(self) -> Equiformer:
+    @pytest.fixture(params=["exponential_normal", "bessel"])
+    def model(self, request) -> Equiformer:
         keys = {"irreps_node_embedding": "4x0e+2x1e", "irreps_head": "2x0e+1x1e"}
         sizes = {"irreps_mlp_mid": "4x0e+2x1e", "irreps_feature": "4x0e", "edge_channels": 4}
-        return build(**keys, **sizes, **DERIVED, max_radius=3.0, num_layers=1).double()
+        keys |= {**sizes, **DERIVED, "distance_function": request.param}
+        return build(**keys, max_radius=3.0, num_layers=1).double()
 
     def test_forces_and_stress_against_finite_differences(self, model):
         data, step = cluster(), 1e-5
@@ -402,7 +423,7 @@ class TestCheckpoint:
 class TestCutoff:
     """An atom comes within reach of two others."""
 
-    @pytest.fixture(params=["learnable_gaussian", "exponential_normal"])
+    @pytest.fixture(params=["learnable_gaussian", "exponential_normal", "bessel"])
     def jump(self, request):
         """Change of energy and forces, from just outside to just inside."""
 
@@ -431,11 +452,16 @@ class TestCutoff:
         energy, _ = jump()
         assert energy > 1e-5
 
-    def test_the_envelope(self):
-        x = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
-        assert_close(envelope(x), 1 - 28 * x**6 + 48 * x**7 - 21 * x**8, "wigner")
-        (slope,) = torch.autograd.grad(envelope(x).sum(), x)
-        assert slope[0] == slope[2] == 0
+    @pytest.mark.parametrize("p", [5, 6])
+    def test_the_envelope(self, p):
+        x = torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
+        a, b, c = (p + 1) * (p + 2) / 2, p * (p + 2), p * (p + 1) / 2
+        expected = 1 - a * x**p + b * x ** (p + 1) - c * x ** (p + 2)
+        assert_close(envelope(x, p)[:3], expected[:3], "wigner")
+        (slope,) = torch.autograd.grad(envelope(x, p).sum(), x, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), x)
+        assert envelope(x, p)[3] == slope[0] == slope[2] == slope[3] == 0
+        assert curvature[2] == curvature[3] == 0
 
     def test_the_cosine_takes_the_basis_to_zero(self):
         """With its slope, at the cutoff; so the published models of MD17 have it."""
@@ -444,3 +470,18 @@ class TestCutoff:
         assert basis.abs().max() < 1e-8
         (slope,) = torch.autograd.grad(basis.sum(), distance)
         assert slope.abs() < 1e-2
+
+    def test_bessel_functions(self):
+        """They are sqrt(2 / cutoff^3) n pi j0(n pi d / cutoff) under the envelope, to zero."""
+        distance = torch.tensor([0.3, 1.0, 2.7, 4.9, 5.0, 5.2], dtype=torch.float64)
+        basis = SphericalBesselBasis(5.0, 8).double()
+        x = distance[:, None].numpy() / 5
+        frequencies = np.pi * np.arange(1, 9)
+        waves = np.sqrt(2 / 5**3) * frequencies * spherical_jn(0, frequencies * x)
+        expected = np.where(x < 1, 1 - 21 * x**5 + 35 * x**6 - 15 * x**7, 0) * waves
+        basis.frequencies.data.copy_(torch.from_numpy(frequencies))
+        assert_close(basis(distance), torch.from_numpy(expected), "wigner")
+        edge = torch.tensor([5 - 1e-4], dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(basis(edge).sum(), edge, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, edge)
+        assert max(basis(edge).abs().max(), slope.abs(), curvature.abs()) < 1e-3

@@ -439,20 +439,25 @@ class Scripts(NamedTuple):
     epochs: int = 300
     weight_decay: float = 5e-3
     dropout: float = 0.2
+    basis: tuple[str, int] = ("learnable_gaussian", 128)
 
 
+_BESSEL = ("bessel", 8)
 _SIX = ("mu", "alpha", "homo", "lumo", "gap", "cv")
-_ATOMIZATION = Scripts(batch_size=64, lr=1.5e-4, epochs=600, weight_decay=0.0, dropout=0.0)
+_ATOMIZATION = Scripts("Bessel", 64, 1.5e-4, 600, 0.0, 0.0, _BESSEL)
 EQUIFORMER = {
-    **{f"equiformer/{target}.yml": Scripts() for target in (*_SIX, "zpve")},
-    "equiformer/r2.yml": Scripts(dropout=0.1),
+    **{f"equiformer/{target}.yml": Scripts() for target in _SIX},
+    "equiformer/zpve.yml": Scripts("Bessel", basis=_BESSEL),
+    "equiformer/r2.yml": Scripts("Bessel", dropout=0.1, basis=_BESSEL),
     **{f"equiformer/{target}.yml": _ATOMIZATION for target in ("g", "h", "u", "u0")},
     **{f"equiformer/linear_messages/{target}.yml": Scripts("linear") for target in _SIX},
     **{f"equiformer/dot_product/{target}.yml": Scripts("dot product") for target in _SIX},
 }
-# (attention, non-linear messages) of each variant, and its size: 3.53M, 3.01M and 3.35M.
+# (attention, non-linear messages) of each variant, and its size: 3.53M, 3.01M and 3.35M; the paper
+# has no size for that with Bessel functions.
 VARIANTS = {
     "non-linear": ("mlp", True, 3_531_715),
+    "Bessel": ("mlp", True, 3_477_705),
     "linear": ("mlp", False, 3_008_515),
     "dot product": ("dot_product", False, 3_352_579),
 }
@@ -476,8 +481,8 @@ class TestEquiformerConfigs:
             "irreps_mlp_mid": "384x0e+192x1e+96x2e",
             "irreps_feature": "512x0e",
             "max_radius": 5.0,
-            "distance_function": "learnable_gaussian",
-            "num_distance_basis": 128,
+            "distance_function": EQUIFORMER[name].basis[0],
+            "num_distance_basis": EQUIFORMER[name].basis[1],
             "max_num_elements": 5,
             "use_tag_embedding": False,
             "regress_forces": False,

@@ -51,7 +51,7 @@ class EquiformerConfig(Keys):
     PROBABILITIES: ClassVar = ("alpha_drop", "drop_path_rate")
     CHOICES: ClassVar = {
         "attention": ("mlp", "dot_product"),
-        "distance_function": ("learnable_gaussian", "exponential_normal"),
+        "distance_function": ("learnable_gaussian", "exponential_normal", "bessel"),
     }
 
     use_pbc: bool = True
@@ -84,7 +84,7 @@ class EquiformerConfig(Keys):
     num_distance_basis: int = 128
     edge_channels: int = 64  # of the radial functions' hidden layers
     # Take what an edge adds to zero at max_radius, with two derivatives. Not in published models,
-    # whose energies jump where an atom comes within reach, with either radial basis.
+    # whose energies jump where an atom comes within reach, with any radial basis.
     smooth_cutoff: bool = False
 
     alpha_drop: float = 0.2  # dropout of attention weights

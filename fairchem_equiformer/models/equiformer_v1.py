@@ -22,7 +22,11 @@ from fairchem_equiformer.nn.irreps.edges import IrrepsEdges, irreps_edges
 from fairchem_equiformer.nn.irreps.embedding import IrrepsEdgeDegreeEmbedding, KindEmbedding
 from fairchem_equiformer.nn.irreps.heads import ScalarHead
 from fairchem_equiformer.nn.irreps.norm import IrrepsLayerNorm
-from fairchem_equiformer.nn.radial import ExponentialNormalSmearing, LearnableGaussianSmearing
+from fairchem_equiformer.nn.radial import (
+    ExponentialNormalSmearing,
+    LearnableGaussianSmearing,
+    SphericalBesselBasis,
+)
 from fairchem_equiformer.ops.allocator import keep_freed_memory
 from fairchem_equiformer.ops.edges import fitting_edges
 from fairchem_equiformer.so3.irreps import SCALAR, channels_of
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 _BASES = {
     "learnable_gaussian": LearnableGaussianSmearing,
     "exponential_normal": ExponentialNormalSmearing,
+    "bessel": SphericalBesselBasis,
 }
 
 

@@ -98,6 +98,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     read("blocks.0.ffn.so3_linear_1.weight", ffn_hidden_channels=1)
     read("edge_degree_embedding.rad_func.net.0.weight", edge_channels=0)
     read("distance_expansion.mean", num_distance_basis=1)
+    read("distance_expansion.frequencies", num_distance_basis=0)
     if "blocks.0.ffn.so3_linear_1.weight" in tensors:
         found["lmax_list"] = len(tensors["blocks.0.ffn.so3_linear_1.weight"]) - 1
         orders = {

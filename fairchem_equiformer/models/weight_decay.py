@@ -8,7 +8,7 @@ from fairchem_equiformer.nn.irreps.embedding import KindEmbedding
 from fairchem_equiformer.nn.irreps.linear import IrrepsLinear
 from fairchem_equiformer.nn.irreps.norm import IrrepsLayerNorm
 from fairchem_equiformer.nn.norm import NORMS
-from fairchem_equiformer.nn.radial import LearnableGaussianSmearing
+from fairchem_equiformer.nn.radial import LearnableGaussianSmearing, SphericalBesselBasis
 from fairchem_equiformer.nn.so3_linear import SO3Linear
 
 _WHOLE: tuple[type[nn.Module], ...] = (
@@ -16,6 +16,7 @@ _WHOLE: tuple[type[nn.Module], ...] = (
     *NORMS.values(),
     IrrepsLayerNorm,
     LearnableGaussianSmearing,
+    SphericalBesselBasis,
 )
 _BIAS: tuple[type[nn.Module], ...] = (nn.Linear, SO3Linear, IrrepsLinear, KindEmbedding)
 

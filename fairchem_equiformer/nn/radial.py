@@ -102,6 +102,47 @@ class ExponentialNormalSmearing(nn.Module):
         return torch.exp(-self.beta * offset.square()) * (torch.cos(math.pi * scaled) + 1) / 2
 
 
+class SphericalBesselBasis(nn.Module):
+    """Spherical Bessel functions of order 0 under a polynomial envelope: the basis of DimeNet.
+
+        u(d / cutoff) sqrt(2 / cutoff) sin(frequency d / cutoff) / d
+
+    (arXiv:2003.03123, equations 7 and 8), with the envelope u of power 5. Frequencies start as
+    n pi, where the functions are orthonormal in the sphere, and are learned.
+
+    Args:
+        cutoff: Angstrom.
+        num_basis: 8 in Equiformer's models of QM9.
+    """
+
+    def __init__(self, cutoff: float, num_basis: int = 8) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.num_basis = num_basis
+        self.frequencies = nn.Parameter(math.pi * torch.arange(1.0, num_basis + 1))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """All functions at each distance, which is not zero: [E] Angstrom to [E, num_basis]."""
+        x = distance[:, None] / self.cutoff
+        scale = math.sqrt(2 / self.cutoff**3)
+        out: Tensor = scale * envelope(x, 5) / x * torch.sin(self.frequencies * x)
+        return out
+
+
+def envelope(x: Tensor, power: int) -> Tensor:
+    """1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2), and zero from 1 on; p is the power.
+
+    It is zero at 1 with its first two derivatives (DimeNet, arXiv:2003.03123, equation 8). In
+    factors, (1 - x)^3 times the sum over k < p of (k+1)(k+2)/2 x^k, since the terms cancel near 1.
+    """
+    coefficients = [(k + 1) * (k + 2) // 2 for k in range(power)]
+    rest = torch.full_like(x, coefficients.pop())
+    for coefficient in reversed(coefficients):
+        rest = coefficient + x * rest
+    out: Tensor = (1 - x).clamp(min=0) ** 3 * rest
+    return out
+
+
 class ElementEmbedding(nn.Embedding):
     """One vector per element, small at first."""
 

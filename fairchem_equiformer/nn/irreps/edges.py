@@ -10,6 +10,7 @@ from e3nn import o3
 from torch import Tensor
 
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.nn.radial import envelope
 from fairchem_equiformer.ops.edges import NodeShare
 from fairchem_equiformer.ops.over_chunks import Part, over_chunks
 from fairchem_equiformer.ops.segments import Chunk, segment_sum, target_chunks
@@ -122,16 +123,6 @@ def irreps_edges(
         rows=rows,
         chunks=() if twice else target_chunks(pointers - kept.start, max_edges, rows.start),
         twice=twice,
-        envelope=None if smooth_within is None else envelope(distance / smooth_within),
+        envelope=None if smooth_within is None else envelope(distance / smooth_within, 6),
         share=share,
     )
-
-
-def envelope(x: Tensor) -> Tensor:
-    """1 - 28 x^6 + 48 x^7 - 21 x^8, which is zero at 1 with its first two derivatives.
-
-    In factors, since the terms cancel near 1 (DimeNet, arXiv:2003.03123, equation 8, p = 6).
-    """
-    rest = 1 + x * (3 + x * (6 + x * (10 + x * (15 + 21 * x))))
-    out: Tensor = (1 - x) ** 3 * rest
-    return out
