@@ -36,10 +36,11 @@ class EquiformerModel(ModelInterface):
     """Energies, forces and, where the checkpoint predicts them, stresses of a batch.
 
     Positions, cells, elements and periodic directions are read of a state; fixed atoms have the
-    forces that the model predicts. Forces are predicted, not derived from the energy; so is the
-    stress. What a structure gets does not depend on the others in its batch: of equally far
-    neighbours, of which a model with ``enforce_max_neighbors_strictly`` has to choose, it keeps
-    those that it keeps alone (``use_pbc_single`` in the config).
+    forces that the model predicts. Of EquiformerV2 forces and stress are predicted, not derived
+    from the energy; of Equiformer with ``direct_forces: False`` in its config they are derivatives.
+    What a structure gets does not depend on the others in its batch: of equally far neighbours, of
+    which a model with ``enforce_max_neighbors_strictly`` has to choose, it keeps those that it
+    keeps alone (``use_pbc_single`` in the config).
 
     Args:
         checkpoint: the file, or what :func:`~fairchem_equiformer.checkpoints.load` made of it.

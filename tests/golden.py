@@ -14,8 +14,12 @@ import numpy as np
 from ase import Atoms
 
 DATA = Path(__file__).parent / "data"
-FORMS = ("flat", "hydra")
-PROPERTIES = {"flat": ("energy", "forces"), "hydra": ("energy", "forces", "stress")}
+FORMS = ("flat", "hydra", "equiformer")
+PROPERTIES = {
+    "flat": ("energy", "forces"),
+    "hydra": ("energy", "forces", "stress"),
+    "equiformer": ("energy", "forces", "stress"),
+}
 TOLERANCE = 1e-5  # of the largest value
 
 
@@ -34,6 +38,9 @@ def names() -> list[str]:
     return list(_content())
 
 
+EVERY = [(form, name) for form in FORMS for name in names()]
+
+
 def structure(name: str) -> Atoms:
     """A structure, without a calculator."""
     found = _content()[name]
@@ -41,7 +48,7 @@ def structure(name: str) -> Atoms:
 
 
 def predicted(name: str, form: str) -> dict[str, np.ndarray]:
-    """Energy [] (eV), forces [N, 3] (eV/Angstrom), and in hydra stress [3, 3] (eV/Angstrom^3)."""
+    """Energy [] (eV), forces [N, 3] (eV/Angstrom), maybe stress [3, 3] (eV/Angstrom^3)."""
     return {key: np.array(value) for key, value in _content()[name][form].items()}
 
 

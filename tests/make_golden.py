@@ -5,12 +5,15 @@
 To be run in the environment of fairchem-core 1.10, whose own model, trainer and conversion of
 structures do everything; this package gives the edge frames alone. Their roll, which that model
 draws at random at each call, is zero here, as it is in this package; ``golden.json`` says how far
-other draws move the results. The frames are patched in for the predictions only.
+other draws move the results. The frames are patched in for the predictions only. Equiformer (V1),
+of which fairchem has none, is this package's model in fairchem's trainer.
 
 - ``golden_flat.pt``: the flat model, energy and forces, with a training state: moving averages that
   differ from the weights, normalisers and element references.
 - ``golden_hydra.pt``: backbone and heads with stress, whose isotropic and anisotropic parts have a
   normaliser each, as OMat24's; the kind without a training state, whose weights are the averages.
+- ``golden_equiformer.pt``: Equiformer (V1), forces and stress as the energy's derivatives, Bessel
+  functions, with a training state as the first.
 - ``golden.json``: structures, and energy (eV), forces (eV/Angstrom) and stress (eV/Angstrom^3) as
   the trainer predicts them: from the averages, with normalisers undone and references added.
 """
@@ -114,6 +117,28 @@ HYDRA = {
     },
 }
 
+EQUIFORMER = {
+    "name": "equiformer",
+    "otf_graph": True,
+    "use_pbc": True,
+    "max_neighbors": 20,
+    "max_radius": 6.0,
+    "max_num_elements": 90,
+    "use_tag_embedding": False,
+    "regress_forces": True,
+    "direct_forces": False,
+    "regress_stress": True,
+    "num_layers": 1,
+    "irreps_node_embedding": "8x0e+4x1e",
+    "irreps_head": "4x0e+2x1e",
+    "num_heads": 2,
+    "irreps_mlp_mid": "8x0e+4x1e",
+    "irreps_feature": "8x0e",
+    "distance_function": "bessel",
+    "num_distance_basis": 8,
+    "edge_channels": 8,
+}
+
 OUTPUTS = {
     "energy": {"level": "system"},
     "forces": {"level": "atom", "train_on_free_atoms": True, "eval_on_free_atoms": True},
@@ -127,6 +152,12 @@ NORMALIZERS = {
     "forces": {"mean": 0.0, "rmsd": 9.6875},
     "stress_isotropic": {"mean": -0.03125, "rmsd": 0.109375},
     "stress_anisotropic": {"mean": 0.0, "rmsd": 1.46875},
+}
+# A derivative has the scale of what it is taken of.
+DERIVED = {
+    "energy": NORMALIZERS["energy"] | {"rmsd": 9.6875},
+    "forces": NORMALIZERS["forces"],
+    "stress": NORMALIZERS["forces"],
 }
 
 
@@ -181,7 +212,7 @@ def check_cut(name: str, atoms: Atoms) -> None:
             raise ValueError(f"{name}: a tie decides about the neighbours of atom {atom}")
 
 
-def make_trainer(folder: Path, model: dict, outputs: dict):
+def make_trainer(folder: Path, model: dict, outputs: dict, normalizers: dict):
     """fairchem's trainer of this model, with a training set of two structures."""
     with connect(folder / "train.db") as database:
         for seed in range(2):
@@ -194,7 +225,7 @@ def make_trainer(folder: Path, model: dict, outputs: dict):
     rng = np.random.default_rng(5)
     references = np.round(rng.uniform(-1, 1, 100), 3)
     np.savez(folder / "references.npz", coeff=references.astype(np.float32))
-    normalizers = {key: value for key, value in NORMALIZERS.items() if key.split("_")[0] in outputs}
+    normalizers = {key: value for key, value in normalizers.items() if key.split("_")[0] in outputs}
     return registry.get_trainer_class("equiformerv2_forces")(
         task={},
         model=model,
@@ -250,9 +281,12 @@ def scatter(names: list[str], tensors: list[torch.Tensor], size: float) -> None:
     """Move each value, so that no bias is zero and no scale one.
 
     What the radial functions make of a distance stays smooth, so that a position's rounding does
-    not matter: of 600 Gaussians, neighbours get about the same weight.
+    not matter: of 600 Gaussians, neighbours get about the same weight, and Bessel functions keep
+    their frequencies.
     """
     for name, tensor in zip(names, tensors, strict=True):
+        if name.endswith("frequencies"):
+            continue
         noise = torch.randn_like(tensor) * size * tensor.abs().mean().clamp_min(0.1)
         tensor.data += noise
         if name.endswith("rad_func.net.0.weight"):
@@ -307,12 +341,14 @@ def spread_of_rolls(trainer, exact: dict[str, np.ndarray], atoms: Atoms) -> dict
     }
 
 
-def make(form: str, model: dict, outputs: dict, *, training_state: bool, found: dict):
+def make(
+    form: str, model: dict, outputs: dict, normalizers: dict, *, training_state: bool, found: dict
+):
     """Write the checkpoint of one form, and add its predictions to ``found``."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        trainer = make_trainer(Path(folder), model, outputs)
+        trainer = make_trainer(Path(folder), model, outputs, normalizers)
         names, weights = zip(*trainer.model.named_parameters(), strict=True)
         scatter(names, weights, 0.5)
         trainer.ema.shadow_params = [weight.detach().clone() for weight in weights]
@@ -327,14 +363,15 @@ def make(form: str, model: dict, outputs: dict, *, training_state: bool, found: 
             with flat, hydra:
                 exact = predict(trainer, atoms)
             found[structure][form] = {key: value.tolist() for key, value in exact.items()}
-            for key, value in spread_of_rolls(trainer, exact, atoms).items():
-                spread[key] = max(spread.get(key, 0.0), value)
+            if form != "equiformer":  # which has no edge frames
+                for key, value in spread_of_rolls(trainer, exact, atoms).items():
+                    spread[key] = max(spread.get(key, 0.0), value)
         os.chdir(DATA)
     return spread
 
 
 def main() -> None:
-    """Write all three files."""
+    """Write all four files."""
     setup_imports()
     DATA.mkdir(exist_ok=True)
     found = {
@@ -346,12 +383,19 @@ def main() -> None:
         }
         for name, atoms in structures().items()
     }
+    whole = OUTPUTS | {"stress": {"level": "system"}}
     spread = {
-        "flat": make("flat", FLAT, OUTPUTS, training_state=True, found=found),
+        "flat": make("flat", FLAT, OUTPUTS, NORMALIZERS, training_state=True, found=found),
         "hydra": make(
-            "hydra", HYDRA, {**OUTPUTS, "stress": STRESS}, training_state=False, found=found
+            "hydra",
+            HYDRA,
+            OUTPUTS | {"stress": STRESS},
+            NORMALIZERS,
+            training_state=False,
+            found=found,
         ),
     }
+    make("equiformer", EQUIFORMER, whole, DERIVED, training_state=True, found=found)
     about = {
         "made by": "tests/make_golden.py, with fairchem-core 1.10.0 and torch 2.4.1",
         "edge frames": "roll zero, as in this package; the stock model draws it at random",

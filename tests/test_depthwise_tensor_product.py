@@ -325,3 +325,18 @@ def test_wrong_shapes_are_named():
         depthwise_tensor_product(x[:3], harmonics, weights, paths)
     with pytest.raises(ValueError, match="2x1e: of 1e there must be one channel"):
         depthwise_paths(paths.irreps_in, o3.Irreps("2x1e"), paths.irreps_in)
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["all float32", "features of a product"])
+def test_under_autocast(reduced):
+    """Harmonics keep their digits; what a product in bfloat16 made is taken as it is."""
+    paths = paths_of(*IS2RE)
+    x, harmonics, weights = inputs(paths, 5, torch.float32)
+    x = x.bfloat16() if reduced else x
+    expected = depthwise_tensor_product(x.float(), harmonics, weights, paths, channels_last=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = depthwise_tensor_product(x, harmonics, weights, paths, channels_last=True)
+    if reduced:
+        assert_close(found.float(), expected, "outputs", torch.bfloat16)
+    else:
+        assert torch.equal(found, expected)

@@ -1,4 +1,4 @@
-"""EquiformerV2 in fairchem-core 2.x: its models and heads, and checkpoints in its form.
+"""EquiformerV2 and Equiformer in fairchem-core 2.x: models, heads, checkpoints in its form.
 
 Nothing is registered and nothing in fairchem-core is changed: configs and checkpoints name the
 classes here by their dotted names.
@@ -27,6 +27,8 @@ from fairchem_equiformer.fairchem2.models import (
     DeNSForceHead,
     DeNSStressHead,
     EnergyHead,
+    EquiformerBackbone,
+    EquiformerHead,
     EquiformerV2Backbone,
     ForceHead,
     HydraModel,
@@ -39,6 +41,8 @@ __all__ = [
     "DeNSForceHead",
     "DeNSStressHead",
     "EnergyHead",
+    "EquiformerBackbone",
+    "EquiformerHead",
     "EquiformerV2Backbone",
     "ForceHead",
     "HydraModel",

@@ -15,7 +15,7 @@ from fairchem.core.units.mlip_unit.api.inference import (
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 
 from fairchem_equiformer import checkpoints, models
-from fairchem_equiformer.errors import InputError
+from fairchem_equiformer.fairchem2.models import EquiformerHead
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,16 +27,21 @@ if TYPE_CHECKING:
 _HERE = "fairchem_equiformer.fairchem2"
 _UNIT = "fairchem.core.units.mlip_unit.mlip_unit"
 _NORMALIZATION = "fairchem.core.modules.normalization"
+# That of all others is EquiformerV2Backbone.
+_BACKBONES: dict[type[Any], str] = {
+    models.DeNSBackbone: "DeNSBackbone",
+    models.Equiformer: "EquiformerBackbone",
+}
 
 
 @dataclass(frozen=True)
 class _Head:
     """A head of the converted model, which is named as its target, as 2.x wants it."""
 
-    module: type[Any]  # of fairchem_equiformer.models
+    module: type[Any]
     keys: dict[str, Any]
-    old: str  # what the names of its weights begin with in the checkpoint ...
-    new: str  # ... and here
+    # What the names of its weights begin with in the checkpoint, and here; None if it has none.
+    places: tuple[str, str] | None = None
 
 
 def convert(
@@ -55,23 +60,19 @@ def convert(
         trusted: see :func:`fairchem_equiformer.checkpoints.read`.
 
     Raises:
-        InputError: for a file that is no checkpoint of EquiformerV2.
+        InputError: for a file that is no checkpoint of EquiformerV2 or Equiformer.
     """
     checkpoint = checkpoints.load(path, trusted=trusted)
-    if issubclass(checkpoint.backbone_class, models.Equiformer):
-        raise InputError(
-            f"{path} holds Equiformer (V1), and fairchem-core 2 gets EquiformerV2 alone"
-        )
     checkpoint.model()  # raises where weights and config do not belong together
     name = dataset or ("omat" if "stress" in checkpoint.outputs else "oc20")
     heads = {target: _head(target, checkpoint) for target in checkpoint.outputs}
     weights = _weights(checkpoint, heads)
-    dens = issubclass(checkpoint.backbone_class, models.DeNSBackbone)
+    backbone = _BACKBONES.get(checkpoint.backbone_class, "EquiformerV2Backbone")
     return MLIPInferenceCheckpoint(
         model_config={
             "_target_": f"{_HERE}.HydraModel",
             "backbone": {
-                "model": f"{_HERE}.{'DeNSBackbone' if dens else 'EquiformerV2Backbone'}",
+                "model": f"{_HERE}.{backbone}",
                 **checkpoint.backbone,
             },
             "heads": {
@@ -92,12 +93,14 @@ def convert(
 
 def _head(target: str, checkpoint: Checkpoint) -> _Head:
     parts, new = checkpoint.outputs[target].parts, f"output_heads.{target}."
+    if issubclass(checkpoint.backbone_class, models.Equiformer):
+        return _Head(EquiformerHead, {"output_name": target})
     if checkpoint.form == "flat":
         block, module = {
             "energy": ("energy_block.", models.EnergyHead),
             "forces": ("force_block.", models.ForceHead),
         }[parts[0]]
-        return _Head(module, {"output_name": target}, block, new + block)
+        return _Head(module, {"output_name": target}, (block, new + block))
     heads: dict[str, tuple[type[Any], dict[str, Any]]] = checkpoint.heads
     name, (module, keys) = next(
         (name, (module, keys))
@@ -108,7 +111,7 @@ def _head(target: str, checkpoint: Checkpoint) -> _Head:
     if len(parts) == 2:
         for kind, part in zip(("isotropic", "anisotropic"), parts, strict=True):
             keys[kind] = _scale(part, checkpoint)
-    return _Head(module, keys, f"output_heads.{name}.", new)
+    return _Head(module, keys, (f"output_heads.{name}.", new))
 
 
 def _scale(name: str, checkpoint: Checkpoint) -> dict[str, float]:
@@ -120,7 +123,7 @@ def _scale(name: str, checkpoint: Checkpoint) -> dict[str, float]:
 
 def _weights(checkpoint: Checkpoint, heads: dict[str, _Head]) -> dict[str, Tensor]:
     """Weights by the names of 2.x's hydra; those of heads that no target reads are left out."""
-    places = {head.old: head.new for head in heads.values()}
+    places = dict(head.places for head in heads.values() if head.places)
     places |= {"backbone.": "backbone."} if checkpoint.form == "hydra" else {}
     found = {}
     for name, value in checkpoint.weights.items():
@@ -135,7 +138,7 @@ def _weights(checkpoint: Checkpoint, heads: dict[str, _Head]) -> dict[str, Tenso
 def _task(target: str, checkpoint: Checkpoint, head: _Head, dataset: str) -> dict[str, Any]:
     """Config of 2.x's task: what becomes of a head's results."""
     level = checkpoint.outputs[target].level
-    tensor = issubclass(head.module, models.StressHead)
+    tensor = issubclass(head.module, models.StressHead) or target == "stress"
     task = {
         "_target_": f"{_UNIT}.Task",
         "name": target,
@@ -199,7 +202,7 @@ def load_predict_unit(
         trusted: see :func:`convert`.
 
     Raises:
-        InputError: for a file that is no checkpoint of EquiformerV2.
+        InputError: for a file that is no checkpoint of EquiformerV2 or Equiformer.
     """
     stream = io.BytesIO()
     torch.save(convert(path, dataset=dataset, trusted=trusted), stream)

@@ -13,6 +13,7 @@ from fairchem.core.common import gp_utils
 from fairchem.core.models import base
 
 from fairchem_equiformer import models
+from fairchem_equiformer.errors import InputError
 from fairchem_equiformer.models.weight_decay import no_weight_decay
 from fairchem_equiformer.ops.edges import NodeShare
 from fairchem_equiformer.so3.rank2 import symmetric_tensor
@@ -30,18 +31,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RegressConfig:
-    """What fairchem asks a backbone: forces and stress are outputs of heads, not derivatives."""
+    """What fairchem asks a backbone: whether forces and stress are outputs or derivatives."""
 
     direct_forces: bool = True
-    forces: bool = False
-    stress: bool = False
+    forces: bool = False  # by a derivative
+    stress: bool = False  # likewise
     hessian: bool = False
 
 
-class EquiformerV2Backbone(models.EquiformerV2Backbone, base.BackboneInterface):
-    """:class:`fairchem_equiformer.models.EquiformerV2Backbone` for fairchem's ``hydra``.
+class _Backbone(base.BackboneInterface):
+    """What fairchem asks of a backbone, for either model.
 
     Periodic directions are those of the structure, ``pbc``, as in fairchem-core 1.10's calculator.
     """
@@ -49,12 +50,6 @@ class EquiformerV2Backbone(models.EquiformerV2Backbone, base.BackboneInterface):
     def __init__(self, **keys: Any) -> None:
         super().__init__(**{key: _plain(value) for key, value in keys.items()})
         self.regress_config = RegressConfig()
-
-    def forward(self, data: AtomicData) -> Embedding:
-        """As :meth:`embed`; the batch gets the fields that fairchem reads element references by."""
-        data["batch_full"] = data.batch
-        data["atomic_numbers_full"] = data.atomic_numbers
-        return self.embed(data)
 
     def node_share(self, graph: EdgeGraph) -> NodeShare | None:
         """This process' atoms where fairchem spreads a batch over several (``graph_parallel``)."""
@@ -79,8 +74,8 @@ class EquiformerV2Backbone(models.EquiformerV2Backbone, base.BackboneInterface):
         """
         if settings.external_graph_gen:
             raise ValueError(
-                "external_graph_gen: True gives EquiformerV2 neighbours within 6 Angstrom, whatever"
-                " its cutoff; set it to False: the model finds its neighbours itself"
+                "external_graph_gen: True gives a model neighbours within 6 Angstrom, whatever its"
+                " cutoff; set it to False: these models find their neighbours themselves"
             )
         return {}
 
@@ -88,11 +83,11 @@ class EquiformerV2Backbone(models.EquiformerV2Backbone, base.BackboneInterface):
         self,
         data: AtomicData,  # noqa: ARG002
         settings: InferenceSettings,
-    ) -> EquiformerV2Backbone:
+    ) -> _Backbone:
         """Leave ``torch.compile`` out, which has nothing to gain beside the compiled kernels."""
         if settings.compile:
             settings.compile = False
-            logger.info("EquiformerV2 runs its own kernels: inference goes without torch.compile")
+            logger.info("the model runs its own kernels: inference goes without torch.compile")
         return self
 
     def get_default_untrained_tasks(
@@ -111,6 +106,77 @@ class EquiformerV2Backbone(models.EquiformerV2Backbone, base.BackboneInterface):
 
     def validate_atoms_data(self, atoms: Atoms, task_name: str) -> None:
         """Take structures as they are: the model reads neither charge nor spin."""
+
+
+def _prepare(data: AtomicData) -> AtomicData:
+    """Give the batch the fields that fairchem reads element references by."""
+    data["batch_full"] = data.batch
+    data["atomic_numbers_full"] = data.atomic_numbers
+    return data
+
+
+class EquiformerV2Backbone(_Backbone, models.EquiformerV2Backbone):
+    """:class:`fairchem_equiformer.models.EquiformerV2Backbone` for fairchem's ``hydra``."""
+
+    def forward(self, data: AtomicData) -> Embedding:
+        """As :meth:`embed`."""
+        return self.embed(_prepare(data))
+
+
+class EquiformerBackbone(_Backbone, models.Equiformer):
+    """:class:`fairchem_equiformer.models.Equiformer` for fairchem's ``hydra``, heads and all.
+
+    What it predicts goes to its outputs by :class:`EquiformerHead`.
+    """
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__(**keys)
+        derived = self.config.gradient_forces
+        self.regress_config = RegressConfig(
+            direct_forces=not derived, forces=derived, stress=self.config.regress_stress
+        )
+
+    def forward(self, data: AtomicData) -> dict[str, Tensor]:
+        """Outputs by name; derivatives can be differentiated again in training alone."""
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return models.Equiformer.forward(self, _prepare(data))
+
+    def validate_tasks(self, dataset_to_tasks: dict[str, list[Task]]) -> None:
+        """Take tasks on any data set, for what the model predicts.
+
+        Raises:
+            InputError: for a derivative that it was not trained on, which settings ask for.
+        """
+        for task in (task for tasks in dataset_to_tasks.values() for task in tasks):
+            if task.inference_only:
+                raise InputError(
+                    f"predict_untrained_{task.property}: Equiformer predicts what its config says:"
+                    " leave it out, or take a model with regress_forces and regress_stress"
+                )
+
+
+class EquiformerHead(torch.nn.Module, base.HeadInterface):
+    """One output of :class:`EquiformerBackbone`, which has the parameters.
+
+    Args:
+        backbone: whose output it is.
+        output_name: ``energy``, ``forces``, ``stress`` or another of the backbone's.
+    """
+
+    def __init__(self, backbone: EquiformerBackbone, output_name: str) -> None:
+        super().__init__()
+        config = backbone.config
+        known = ["energy", *config.vector_heads]
+        known += ["forces"] * config.gradient_forces + ["stress"] * config.regress_stress
+        if output_name not in known:
+            raise InputError(
+                f"a head has output_name {output_name!r}; there are {', '.join(known)}"
+            )
+        self.output_name = output_name
+
+    def forward(self, data: AtomicData, emb: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+        """Energy [B], vectors [N, 3] or stress [B, 9], keyed by ``output_name``."""
+        return {self.output_name: emb[self.output_name]}
 
 
 def _plain(value: Any) -> Any:

@@ -39,10 +39,11 @@ def with_derivatives(
 
     Returns:
         The outputs; ``forces`` [N, 3], minus the derivative by the positions; with ``stress``,
-        ``stress`` [B, 9], the derivative by the strain over the cell's volume.
+        ``stress`` [B, 9], the derivative by the strain over the cell's volume; zero where the cell
+        lacks a vector, as a molecule's may.
 
     Raises:
-        StructureError: as ``build``, or for a stress of a structure whose cell has no volume.
+        StructureError: as ``build``, or for a stress without a ``cell`` in the batch.
     """
     again = torch.is_grad_enabled()
     with torch.inference_mode(mode=False), torch.enable_grad(), _autocast_without_cache(data):
@@ -83,15 +84,11 @@ def _copy(data: Any) -> SimpleNamespace:
 
 
 def _volume(cell: Tensor | None) -> Tensor:
+    """Of each structure [B]; where a vector is missing, it ends in a vacuum without end."""
     if cell is None:
         raise StructureError("the batch has no field 'cell', over whose volume a stress is taken")
     volume: Tensor = torch.linalg.det(cell.reshape(-1, 3, 3)).abs()
-    if (volume == 0).any():
-        graph = int((volume == 0).nonzero()[0])
-        raise StructureError(
-            f"structure {graph} of the batch: its cell has no volume, so that it has no stress"
-        )
-    return volume
+    return volume.masked_fill(volume == 0, torch.inf)
 
 
 def _strained(graph: EdgeGraph, strain: Tensor) -> EdgeGraph:

@@ -109,7 +109,7 @@ class Equiformer(Model):
         if share is not None and config.gradient_forces:
             raise ValueError(
                 "forces that are the energy's derivative need all atoms in one process: leave out"
-                " --gp-gpus, or set direct_forces: True"
+                " --gp-gpus (graph_parallel in fairchem-core 2), or set direct_forces: True"
             )
         edges = irreps_edges(
             graph,

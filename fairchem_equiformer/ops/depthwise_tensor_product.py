@@ -69,7 +69,8 @@ def depthwise_tensor_product(
     kernels = native.depthwise_kernels(paths, *rows, harmonics, weights)
     if kernels is not None and not channels_last:
         rows = tuple(to_channels_last(part, paths.irreps_in) for part in rows)
-    matrices = harmonics @ paths.couplings(harmonics.dtype, harmonics.device)
+    with torch.autocast(harmonics.device.type, enabled=False):
+        matrices = harmonics @ paths.couplings(harmonics.dtype, harmonics.device)
     if kernels is None:
         summed = _sum_of_rows(rows, index)
         return _product(summed, matrices, weights, paths, channels_last=channels_last)

@@ -8,12 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairchem.core import FAIRChemCalculator
+from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.units.mlip_unit import InferenceSettings
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 
 from fairchem_equiformer import checkpoints, models
 from fairchem_equiformer import convert as command
 from fairchem_equiformer.errors import InputError
-from fairchem_equiformer.fairchem2 import convert, load_predict_unit
+from fairchem_equiformer.fairchem2 import (
+    EquiformerBackbone,
+    EquiformerHead,
+    convert,
+    load_predict_unit,
+)
 from fairchem_equiformer.models.load_hooks import is_derived
 from tests import golden
 
@@ -146,15 +153,67 @@ def test_energy_alone(changed):
         atoms.get_forces()
 
 
-def test_equiformer_is_refused(tmp_path):
-    """It is read, but 2.x has no class of it."""
-    keys = {"num_layers": 1, "irreps_node_embedding": "8x0e+4x1e", "irreps_head": "4x0e+2x1e"}
-    weights = models.Equiformer(**keys).state_dict()
-    config = {"model": {"name": "fairchem_equiformer.Equiformer", **keys}}
-    torch.save({"state_dict": weights, "config": config}, tmp_path / "v1.pt")
-    assert checkpoints.load(tmp_path / "v1.pt").form == "flat"
-    with pytest.raises(InputError, match=r"v1\.pt holds Equiformer \(V1\), and fairchem-core 2"):
-        convert(tmp_path / "v1.pt")
+def equiformer(folder, **keys):
+    """A checkpoint of Equiformer (V1) as it begins."""
+    keys = {
+        "num_layers": 1,
+        "max_neighbors": 12,
+        "use_tag_embedding": False,
+        "irreps_node_embedding": "8x0e+4x1e",
+        "irreps_head": "4x0e+2x1e",
+        **keys,
+    }
+    model = models.Equiformer(**keys)
+    outputs = {"energy": {"level": "system"}}
+    outputs |= {name: {"level": "atom"} for name in ("forces", *model.config.vector_outputs)}
+    config = {"model": {"name": "fairchem_equiformer.Equiformer", **keys}, "outputs": outputs}
+    path = folder / "v1.pt"
+    torch.save({"state_dict": model.state_dict(), "config": config}, path)
+    return path
+
+
+class TestEquiformer:
+    def test_is_a_backbone_with_all_parameters(self):
+        unit = load_predict_unit(golden.checkpoint("equiformer"), device="cpu")
+        model = unit.model.module
+        assert list(model.output_heads) == ["energy", "forces", "stress"]
+        assert not list(model.output_heads.parameters())
+        assert not model.backbone.regress_config.direct_forces
+        names = model.no_weight_decay()
+        assert "backbone.distance_expansion.frequencies" in names
+        assert "backbone.atom_embedding.weight" not in names
+
+    def test_forces_of_a_head(self, tmp_path):
+        """And another vector of atoms, as models with IS2RS have."""
+        path = equiformer(
+            tmp_path, attention="dot_product", regress_forces=True, vector_outputs=["displacement"]
+        )
+        unit = load_predict_unit(path, device="cpu")
+        assert unit.model.module.backbone.regress_config.direct_forces
+        atoms = golden.structure("CO on Cu")
+        found = unit.predict(AtomicData.from_ase(atoms, task_name="oc20"))
+        batch = SimpleNamespace(
+            pos=torch.tensor(atoms.positions, dtype=torch.float32),
+            cell=torch.tensor(atoms.cell.array, dtype=torch.float32)[None],
+            pbc=torch.tensor(atoms.pbc)[None],
+            atomic_numbers=torch.tensor(atoms.numbers),
+            natoms=torch.tensor([len(atoms)]),
+        )
+        with torch.no_grad():
+            expected = checkpoints.load(path).model().eval()(batch)
+        for key in ("energy", "forces", "displacement"):
+            assert golden.error(found[key], expected[key].numpy()) < golden.TOLERANCE
+
+    def test_no_derivative_that_it_was_not_trained_on(self, tmp_path):
+        settings = InferenceSettings(predict_untrained_stress={"oc20"})
+        path = equiformer(tmp_path, regress_forces=True, direct_forces=False)
+        with pytest.raises(InputError, match="predict_untrained_stress: Equiformer predicts what"):
+            load_predict_unit(path, device="cpu", inference_settings=settings)
+
+    def test_a_head_for_something_else(self):
+        backbone = EquiformerBackbone(num_layers=1)
+        with pytest.raises(InputError, match="output_name 'forces'; there are energy"):
+            EquiformerHead(backbone, "forces")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from fairchem.core import FAIRChemCalculator
 from fairchem.core._cli import get_hydra_config_from_yaml, main
+from fairchem.core.units.mlip_unit import InferenceSettings
 from fairchem.core.units.mlip_unit.mlip_unit import _get_optimizer_wd
 from hydra.utils import instantiate
 
@@ -110,6 +111,39 @@ def test_bfloat16(slabs, tmp_path):
     assert all(value.isfinite().all() for value in weights(checkpoints / "final").values())
 
 
+def test_equiformer_whose_forces_are_derivatives(slabs, tmp_path):
+    """Its weights move, and the checkpoint's forces are the slope of its energies."""
+    checkpoints = run(
+        CONFIGS / "emt_equiformer.yaml",
+        tmp_path,
+        *slabs,
+        "epochs=1",
+        "checkpoint_every_n_steps=50",
+    )
+    content = torch.load(checkpoints / "final" / "inference_ckpt.pt", weights_only=False)
+    averages = weights(checkpoints / "final")
+    moved = [
+        name
+        for name, value in content.model_state_dict.items()
+        if not torch.equal(averages[f"module.{name}"], value)
+    ]
+    assert len(moved) > 0.9 * len(content.model_state_dict)
+    atoms = golden.structure("ethanol without a cell")
+    atoms.calc = FAIRChemCalculator.from_model_checkpoint(
+        str(checkpoints / "final" / "inference_ckpt.pt"),
+        device="cpu",
+        inference_settings=InferenceSettings(base_precision_dtype=torch.float64),
+    )
+    forces, step = atoms.get_forces(), 0.01
+    energies = []
+    for sign in (1, -1):
+        atoms.positions[2, 0] += sign * step
+        energies.append(atoms.get_potential_energy())
+        atoms.positions[2, 0] -= sign * step
+    slope = (energies[0] - energies[1]) / (2 * step)
+    assert abs(forces[2, 0] + slope) < 1e-3 * np.abs(forces).max()
+
+
 @pytest.fixture(scope="module")
 def crystals(tmp_path_factory):
     """Copper with energy, forces and stress."""
@@ -130,7 +164,8 @@ def crystals(tmp_path_factory):
     return [f"train_src={folder}/train.db", f"val_src={folder}/val.db", "max_atoms=8"]
 
 
-def test_fine_tuning_with_stress(crystals, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["hydra", "equiformer"])
+def test_fine_tuning_with_stress(form, crystals, tmp_path, capsys):
     """From a converted checkpoint, with the tasks that the command prints for it."""
     configs = tmp_path / "configs"
     for file in (*CONFIGS.glob("*.yaml"), *CONFIGS.glob("*/*.yaml")):
@@ -138,7 +173,7 @@ def test_fine_tuning_with_stress(crystals, tmp_path, capsys):
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(file.read_text())
     start = tmp_path / "start.pt"
-    torch.save(convert(golden.checkpoint("hydra")), start)
+    torch.save(convert(golden.checkpoint(form)), start)
     assert tasks.main([str(start)]) == 0
     (configs / "tasks" / "start.yaml").write_text(capsys.readouterr().out)
     checkpoints = run(
@@ -160,7 +195,7 @@ def test_fine_tuning_with_stress(crystals, tmp_path, capsys):
     )
     atoms = golden.structure("MgO")
     atoms.calc = calculator
-    for key, expected in golden.predicted("MgO", "hydra").items():
+    for key, expected in golden.predicted("MgO", form).items():
         options = {"voigt": False} if key == "stress" else {}
         getter = {"energy": "get_potential_energy"}.get(key, f"get_{key}")
         found = getattr(atoms, getter)(**options)

@@ -22,8 +22,6 @@ from fairchem_equiformer import EquiformerCalculator, checkpoints
 from fairchem_equiformer.ops import edge_attention
 from tests import golden
 
-EVERY = [(form, name) for form in golden.FORMS for name in golden.names()]
-
 
 @pytest.fixture(scope="module")
 def calculators():
@@ -52,7 +50,7 @@ def properties(atoms, form):
     return found
 
 
-@pytest.mark.parametrize(("form", "name"), EVERY)
+@pytest.mark.parametrize(("form", "name"), golden.EVERY)
 def test_numbers_of_fairchem(form, name, calculators):
     """Slabs, crystals, a molecule without a cell and an atom alone."""
     atoms = golden.structure(name)

@@ -107,6 +107,9 @@ class TestValidation:
 @pytest.mark.parametrize("form", golden.FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_of_fairchem(form, dtype, golden_models):
+    tolerance = golden.TOLERANCE
+    if form == "equiformer" and dtype == torch.float32:
+        tolerance *= 3  # positions of float32 round once more in the cell, which derivatives feel
     groups: dict[tuple[bool, ...], list[str]] = {}
     for name in golden.names():
         groups.setdefault(tuple(golden.structure(name).pbc.tolist()), []).append(name)
@@ -118,13 +121,21 @@ def test_numbers_of_fairchem(form, dtype, golden_models):
         assert {value.dtype for value in found.values()} == {dtype}
         for name, one in zip(names, of_each(found, structures), strict=True):
             for key, expected in golden.predicted(name, form).items():
-                assert golden.error(one[key], expected) < golden.TOLERANCE, (name, key)
+                if (
+                    key == "stress"
+                    and form == "equiformer"
+                    and not golden.structure(name).cell.rank
+                ):
+                    assert not one[key].any()  # fairchem took a cell of 1 Angstrom
+                else:
+                    assert golden.error(one[key], expected) < tolerance, (name, key)
 
 
 def test_what_it_says_of_itself(golden_models):
     flat, hydra = golden_models["flat"], golden_models["hydra"]
     assert (flat.compute_forces, flat.compute_stress) == (True, False)
     assert (hydra.compute_forces, hydra.compute_stress) == (True, True)
+    assert golden_models["equiformer"].compute_stress
     assert (flat.device, flat.dtype, flat.memory_scales_with) == (CPU, torch.float32, "n_atoms")
     with pytest.raises(NotImplementedError):
         flat.compute_stress = True
@@ -179,10 +190,32 @@ class TestBadInput:
             golden_models["flat"](state_of([molecule("H2O", pbc=True)]))
 
 
+def test_dynamics_at_constant_energy(golden_models):
+    """Forces that are derivatives, within what torch-sim does without gradients."""
+    integrators = getattr(torch_sim, "Integrator", torch_sim.integrators)
+    totals = []
+    for steps in (1, 80):
+        torch.manual_seed(0)
+        found = torch_sim.integrate(
+            golden.structure("H2O in a box"),
+            golden_models["equiformer"],
+            integrator=integrators.nve,
+            n_steps=steps,
+            temperature=300,
+            timestep=0.00025,  # ps
+        )
+        kinetic = (found.momenta.square().sum(1) / (2 * found.masses)).sum()
+        totals.append((found.energy.item(), kinetic.item()))
+    (energy, kinetic), (energy_later, kinetic_later) = totals
+    assert kinetic_later - kinetic > 0.3
+    assert energy_later + kinetic_later == pytest.approx(energy + kinetic, abs=2e-3)
+
+
+@pytest.mark.parametrize("form", ["hydra", "equiformer"])
 @pytest.mark.parametrize("kind", ["fire", "cell"])
-def test_relaxation_with_the_in_flight_autobatcher(kind, golden_models, monkeypatch):
+def test_relaxation_with_the_in_flight_autobatcher(kind, form, golden_models, monkeypatch):
     """Systems leave when they are done, others take their place; all come back in order."""
-    model = golden_models["hydra"]
+    model = golden_models[form]
     structures = [golden.structure(name) for name in ("MgO", "Si", "CuAu, sheared") * 2]
     for seed, atoms in enumerate(structures):
         atoms.rattle(0.02, seed=seed)
@@ -215,7 +248,7 @@ def test_relaxation_with_the_in_flight_autobatcher(kind, golden_models, monkeypa
     assert max(sizes) < len(structures)
     assert len(set(sizes)) > 1
     relaxed = found.to_atoms()
-    calculator = EquiformerCalculator(golden.checkpoint("hydra"))
+    calculator = EquiformerCalculator(golden.checkpoint(form))
     for atoms, initial, energy in zip(relaxed, structures, found.energy, strict=True):
         assert atoms.symbols.get_chemical_formula() == initial.symbols.get_chemical_formula()
         assert np.abs(atoms.positions - initial.positions).max() > 1e-4
