@@ -11,6 +11,7 @@ No framework is needed. docs/ase.md tells more.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,6 +68,7 @@ class EquiformerCalculator(Calculator):
         self.implemented_properties = list(self._potential.outputs)
         if "energy" in self._potential.outputs:
             self.implemented_properties.append("free_energy")
+        self._batch: Batch | None = None  # of the last calculation
 
     def calculate(
         self,
@@ -80,8 +82,10 @@ class EquiformerCalculator(Calculator):
             StructureError: if the model cannot predict the structure; names atom and value.
         """
         super().calculate(atoms, properties, system_changes)
-        batch = batch_of(self.atoms, self._potential.device, self._potential.dtype)
-        predicted = {key: value.cpu() for key, value in self._potential(batch).items()}
+        before = self._batch if set(system_changes) <= {"positions"} else None
+        self._batch = None  # if this fails it is no longer that of self.atoms
+        self._batch = batch_of(self.atoms, self._potential.device, self._potential.dtype, before)
+        predicted = {key: value.cpu() for key, value in self._potential(self._batch).items()}
         if "energy" in predicted:
             energy = predicted["energy"].item()
             self.results |= {"energy": energy, "free_energy": energy}
@@ -98,10 +102,13 @@ class EquiformerCalculator(Calculator):
         return changes
 
 
-def batch_of(atoms: Atoms, device: torch.device, dtype: torch.dtype) -> Batch:
+def batch_of(
+    atoms: Atoms, device: torch.device, dtype: torch.dtype, before: Batch | None = None
+) -> Batch:
     """One structure as fairchem-core 1.10 has it: atoms wrapped into the cell in float64.
 
-    Where the cell has no vector in a direction that is not periodic, ASE's is put there.
+    Where the cell has no vector in a direction that is not periodic, ASE's is put there. What
+    differs from the structure of ``before`` in positions alone shares the rest with it.
 
     Raises:
         StructureError: if there is no vector in a periodic direction.
@@ -115,8 +122,11 @@ def batch_of(atoms: Atoms, device: torch.device, dtype: torch.dtype) -> Batch:
         )
     cell = atoms.cell.complete().array
     positions = wrap_positions(atoms.positions, cell, pbc=atoms.pbc, eps=0)
+    pos = torch.as_tensor(positions, dtype=dtype, device=device)
+    if before is not None:
+        return replace(before, pos=pos)
     return Batch(
-        pos=torch.as_tensor(positions, dtype=dtype, device=device),
+        pos=pos,
         cell=torch.as_tensor(cell[None], dtype=dtype, device=device),
         pbc=torch.as_tensor(atoms.pbc[None], device=device),
         natoms=torch.tensor([len(atoms)], device=device),

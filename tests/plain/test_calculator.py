@@ -18,7 +18,7 @@ from ase.filters import FrechetCellFilter
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
-from fairchem_equiformer import EquiformerCalculator, checkpoints
+from fairchem_equiformer import EquiformerCalculator, calculator, checkpoints
 from fairchem_equiformer.ops import edge_attention
 from tests import golden
 
@@ -181,6 +181,47 @@ class TestRepeatedCalls:
         atoms.set_tags(2)
         atoms.get_potential_energy()
         assert len(count) == 2
+
+    def test_what_is_predicted_is_what_there_is(self, hydra, monkeypatch):
+        """After moves, of which nothing but the positions is read, and all other changes."""
+        batches = []
+        forward = checkpoints.Potential.forward
+        remember = lambda self, batch: batches.append(batch) or forward(self, batch)  # noqa: E731
+        monkeypatch.setattr(checkpoints.Potential, "forward", remember)
+        atoms = golden.structure("Si")
+        atoms.calc = hydra
+
+        def no_cell():
+            atoms.pbc, atoms.cell[2] = True, 0.0
+
+        def a_cell():
+            atoms.cell[2] = (0.0, 0.0, 9.0)
+            atoms.rattle(0.01, seed=1)
+
+        changes = {
+            "moved": lambda: atoms.rattle(0.01, seed=2),
+            "tags": lambda: atoms.set_tags(1),
+            "pbc": lambda: atoms.set_pbc((True, True, False)),
+            "elements": lambda: atoms.set_atomic_numbers(atoms.numbers[::-1] - 1),
+            "refused": no_cell,
+            "mended": a_cell,
+            "moved again": lambda: atoms.rattle(0.01, seed=3),
+            "another structure": lambda: atoms.append("C"),
+        }
+        atoms.get_forces()
+        for name, change in changes.items():
+            change()
+            if name == "refused":
+                with pytest.raises(ValueError, match="no vector in direction 2"):
+                    atoms.get_forces()
+                continue
+            atoms.get_forces()
+            expected = calculator.batch_of(atoms, torch.device("cpu"), torch.float32)
+            for field, value in vars(expected).items():
+                assert torch.equal(getattr(batches[-1], field), value), (name, field)
+        first, moved = batches[:2]
+        assert moved.cell is first.cell
+        assert moved.pos is not first.pos
 
     def test_weights_are_prepared_once(self, hydra, monkeypatch):
         made = []
