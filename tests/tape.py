@@ -31,6 +31,7 @@ class Tape(TorchDispatchMode):
         self._operations.append((func, args, kwargs or {}, out))
         return out
 
+    @torch.autocast("cpu", enabled=False)  # casts are on the tape
     def replay(self):
         for func, args, kwargs, out in self._operations:
             if is_view(func):

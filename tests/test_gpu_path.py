@@ -21,8 +21,9 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairchem_equiformer import EquiformerV2
-from fairchem_equiformer.graph.build import GraphConfig, build_graph
+from fairchem_equiformer.graph.build import GraphConfig, build_graph, read_fields
 from fairchem_equiformer.graph.edges import prepare_edges
+from fairchem_equiformer.graph.fixed_search import made_for, search
 from fairchem_equiformer.graph.padding import filled_up
 from fairchem_equiformer.models import EnergyHead, EquiformerV2Hydra, ForceHead, StressHead
 from fairchem_equiformer.models.backbone import Embedding
@@ -148,6 +149,20 @@ def test_the_host_does_not_wait_in_a_recorded_pass(options, pretended):
     assert found["stress"].shape == (9, 3)
 
 
+def test_the_host_does_not_wait_in_a_recorded_search(pretended):
+    """From positions on: graph/fixed_search.py."""
+    config = GraphConfig(max_radius=6.0, max_neighbors=12)
+    with no_dispatch():
+        fields = read_fields(three_slabs(), use_pbc=True)
+        plan = made_for(fields, build_graph(three_slabs(), config), config)
+    plan, fields = moved(plan, pretended), moved(fields, pretended)
+    tags = fields.atomic_numbers.long()
+    with NothingFromTheHost(), torch.no_grad():
+        graph, told = search(plan, fields, tags)
+    assert (graph.num_nodes, graph.num_edges, graph.num_graphs) == plan.sizes
+    assert told.shape == (6,)
+
+
 def test_a_wait_is_noticed(pretended):
     x = pretended(torch.ones(3))
     with pytest.raises(DataDependentOutputException):
@@ -202,6 +217,9 @@ def test_edges_are_made_without_products_that_tf32_rounds(max_radius, monkeypatc
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with NoProductsInFloat32():
         found = build_graph(three_slabs(), config)
+        fields = read_fields(three_slabs(), use_pbc=True)
+        recorded, _ = search(made_for(fields, found, config), fields)
     assert torch.equal(found.source, expected.source)
     assert torch.equal(found.target, expected.target)
     assert (found.vector - expected.vector).abs().max() < 1e-5  # Angstrom; sums of another order
+    assert torch.equal(recorded.vector[: found.num_edges], found.vector)

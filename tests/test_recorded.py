@@ -7,12 +7,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from ase.build import bulk
 from fairchem.core.common.relaxation import ml_relaxation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from fairchem_equiformer import EquiformerCalculator, checkpoints
+from fairchem_equiformer.errors import StructureError
+from fairchem_equiformer.graph import fixed_search
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.graph.neighbors import neighbor_list
 from fairchem_equiformer.graph.padding import Sizes, bucket, filled_up
 from fairchem_equiformer.models import (
     EnergyHead,
@@ -25,7 +30,7 @@ from fairchem_equiformer.nn import replay
 from fairchem_equiformer.nn.frozen import FrozenWeights
 from fairchem_equiformer.ops.native import loader
 from tests.models import KEYS, ours, scatter_weights
-from tests.structures import batch_of, slab, slab_atoms, three_slabs
+from tests.structures import batch_of, from_atoms, slab, slab_atoms, three_slabs
 from tests.tape import record_tape
 from tests.tolerances import assert_all_close, assert_close
 
@@ -177,10 +182,19 @@ def test_what_is_filled_in_changes_nothing(exact, degrees, graphs, further):
 # Replays
 
 
+@pytest.fixture(params=["from positions", "from the graph"])
+def begin(request, monkeypatch):
+    """Where recorded passes begin."""
+    if request.param == "from the graph":
+        monkeypatch.setattr(fixed_search, "MOST_CANDIDATES", 0)
+    return request.param
+
+
+@pytest.mark.usefixtures("begin")
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_a_replay_gives_what_the_model_gives(make, recordings):
     model, frozen = make().eval(), FrozenWeights()
-    batches = [displaced(three_slabs(), 0.2, seed) for seed in range(4)]
+    batches = [displaced(three_slabs(), 0.2, seed) for seed in range(2, 6)]
     counts = {model.base.read(data).num_edges for data in batches}
     assert len({bucket(count) for count in counts}) == 1 < len(counts)
     for call, data in enumerate(batches):
@@ -191,6 +205,7 @@ def test_a_replay_gives_what_the_model_gives(make, recordings):
         assert len(recordings) == (call > 0)
 
 
+@pytest.mark.usefixtures("begin")
 def test_results_belong_to_the_caller(recordings):
     model, frozen = ours().eval(), FrozenWeights()
     with frozen.used_by(model):
@@ -211,7 +226,7 @@ def test_other_sizes_are_other_recordings(recordings):
 
 
 def test_few_are_held(recordings, monkeypatch):
-    monkeypatch.setattr(recorded_module, "_MOST", 1)
+    monkeypatch.setattr(replay, "_MOST", 1)
     model, frozen = ours().eval(), FrozenWeights()
     small, large = batch_of(slab("Cu", "CO")), three_slabs()
     with frozen.used_by(model):
@@ -251,6 +266,180 @@ def test_precisions_apart(recordings):
                     found = predict(model, data)
             assert_all_close(found, expected, "outputs", dtype)
     assert len(recordings) == 2
+
+
+# Passes that begin with positions
+
+
+class Searched:
+    """A model on frozen weights, and how often the search outside was asked for."""
+
+    def __init__(self, monkeypatch, **changes):
+        self.model = ours(num_layers=1, **changes).eval()
+        self.outside = 0
+        self._frozen = FrozenWeights()
+        read = self.model.read
+
+        def count(data):
+            self.outside += 1
+            return read(data)
+
+        monkeypatch.setattr(self.model, "read", count)
+
+    def __call__(self, data):
+        """How often the search outside was asked for now; results are compared with it."""
+        before = self.outside
+        with self._frozen.used_by(self.model):
+            found = predict(self.model, data)
+        asked = self.outside - before
+        assert_all_close(found, predict(self.model, data), "outputs")
+        return asked
+
+
+def test_the_search_is_recorded_too(recordings, monkeypatch):
+    searched = Searched(monkeypatch, use_tag_embedding=True)
+    asked = [searched(displaced(three_slabs(), seed=seed)) for seed in range(5)]
+    assert asked == [1, 1, 0, 0, 0]
+    strained = three_slabs()
+    strained.cell *= 1.01
+    strained.atomic_numbers += 1
+    strained.tags += 1
+    assert searched(strained) == 0
+    assert len(recordings) == 1
+
+
+def test_wrong_input_is_named_by_the_search_outside(recordings, monkeypatch):
+    searched = Searched(monkeypatch)
+    for _ in range(3):
+        searched(three_slabs())
+    for name, value, message in (
+        ("pos", torch.nan, r"structure 1 of the batch \(sid 12\), atom 2.*not finite"),
+        ("atomic_numbers", 90, r"structure 1 of the batch \(sid 12\), atom 2.*out of range"),
+    ):
+        wrong = three_slabs()
+        wrong[name][12] = value
+        with pytest.raises(StructureError, match=message):
+            searched(wrong)
+        assert searched(three_slabs()) == 0
+    wrong = three_slabs()
+    wrong.pos[12] = wrong.pos[13]
+    with pytest.raises(StructureError, match="atom 2 and atom 3 are on one point"):
+        searched(wrong)
+    assert len(recordings) == 1
+
+
+def test_what_has_outgrown_a_recording_is_recorded_anew(recordings, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    searched = Searched(monkeypatch, max_neighbors=100)
+    near, far = batch_of(slab()), batch_of(slab())
+    far.pbc, near.pbc = torch.tensor([[True, True, False]]), torch.tensor([[True] * 3])
+    assert [searched(data) for data in (far, far, far, near, near, far)] == [1, 1, 0, 1, 0, 1]
+    assert len(recordings) == 3
+    assert "outside a CUDA graph: natoms or pbc changed" in says(caplog)[0]
+
+
+def test_ties_are_left_to_the_search_outside(recordings, monkeypatch, caplog):
+    """And after some in a row it is no longer tried at each batch."""
+    caplog.set_level(logging.INFO)
+    searched = Searched(monkeypatch, max_neighbors=9)
+    crystal = from_atoms(bulk("Ni", "fcc", a=3.52, cubic=True))
+    loose, tied = batch_of(displaced(crystal)), batch_of(crystal)
+    assert [searched(data) for data in (loose, loose, loose)] == [1, 1, 0]
+    assert [searched(tied) for _ in range(8)] == [1] * 8
+    # Tried at the first, second, fourth and eighth; now seven are left out.
+    assert [searched(loose) for _ in range(9)] == [1] * 7 + [0, 0]
+    assert len(recordings) == 2  # from positions, and from the graph
+    assert says(caplog)[0].endswith("there are equally far neighbours to choose from")
+
+
+def test_given_edges_are_not_searched_for(recordings, monkeypatch):
+    searched = Searched(monkeypatch, otf_graph=False)
+    data = three_slabs()
+    edges = neighbor_list(data.pos, data.cell, torch.ones(3, 3).bool(), data.natoms, **RULE)
+    data.edge_index = torch.stack((edges.source, edges.target))
+    data.cell_offsets, data.neighbors = edges.image, torch.zeros(3)
+    assert [searched(data) for _ in range(3)] == [1, 1, 1]
+    assert len(recordings) == 1
+
+
+RULE = {"cutoff": 4.0, "max_neighbors": 5, "strict": True}
+
+
+# Of tensors' shapes, mostly; the addresses of weights are read at each step, see nn/frozen.py.
+FREE = {"__get__", "__len__", "dim", "size", "_set_grad_enabled", "data_ptr"}
+
+
+class Host(TorchFunctionMode):
+    """Counts what the host asks of PyTorch, and what makes it wait; not in a replay."""
+
+    WAITS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.waits = [], []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        if name not in FREE:
+            self.calls.append(name)
+        counted = "output_size" in (kwargs or {})
+        if name in self.WAITS or (name == "repeat_interleave" and not counted):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Counts the host's calls within; a CUDA graph is one of them."""
+    counter, modes = Host(), torch.overrides._get_current_function_mode_stack
+
+    def record(function):
+        replay_tape, results = record_tape(function)
+
+        def uncounted():
+            calls, waits = len(counter.calls), len(counter.waits)
+            replay_tape()
+            del counter.calls[calls:], counter.waits[waits:]
+            if counter in modes():
+                counter.calls.append("replay")
+
+        return uncounted, results
+
+    monkeypatch.setitem(replay.RECORDERS, "cpu", record)
+    return counter
+
+
+@pytest.mark.usefixtures("recordings")
+def test_the_host_waits_once(host, begin):
+    """For what is told of the search; and it asks for little."""
+    model, frozen, data = ours(num_layers=1).eval(), FrozenWeights(), batch_of(slab())
+    with frozen.used_by(model):
+        for seed in range(3):
+            predict(model, displaced(data, seed=seed))
+        with host:
+            predict(model, data)
+    if begin == "from positions":
+        assert host.waits == ["tolist"]
+        assert len(host.calls) < 30
+    else:
+        assert len(host.waits) > 20
+        assert len(host.calls) > 300
+
+
+@pytest.mark.usefixtures("recordings")
+def test_a_calculator_asks_for_little(host, tmp_path):
+    """Of a step of a relaxation or of molecular dynamics."""
+    atoms = slab_atoms()
+    atoms.calc = EquiformerCalculator(
+        checkpoint_of(ours(num_layers=1), tmp_path / "checkpoint.pt"), device="cpu"
+    )
+    for seed in range(3):
+        atoms.get_forces()
+        atoms.rattle(0.01, seed=seed)
+    with host:
+        atoms.get_forces()
+    assert host.waits == ["tolist", "cpu", "cpu", "item"]  # by the second there is all to be had
+    assert len(host.calls) < 40
 
 
 # Who uses it

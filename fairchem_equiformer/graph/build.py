@@ -11,13 +11,18 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fairchem_equiformer.errors import StructureError
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
-from fairchem_equiformer.graph.neighbors import NeighborList, neighbor_list, plane_spacings
+from fairchem_equiformer.graph.neighbors import (
+    NeighborList,
+    in_order,
+    neighbor_list,
+    plane_spacings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,27 +153,48 @@ class _Structures:
 
 
 def _read(data: Any, *, use_pbc: bool) -> _Structures:
-    pos, atomic_numbers = _field(data, "pos"), _field(data, "atomic_numbers")
-    natoms = torch.as_tensor(_field(data, "natoms"), device=pos.device).reshape(-1).long()
-    batch = torch.repeat_interleave(natoms)
-    graphs = len(natoms)
-    _check_shape("pos", pos, (len(batch), 3))
-    _check_shape("atomic_numbers", atomic_numbers, (len(batch),))
-    cell = pos.new_zeros(graphs, 3, 3)
-    pbc = torch.zeros(graphs, 3, dtype=torch.bool, device=pos.device)
-    if use_pbc:
-        cell = _field(data, "cell")
-        cell = cell.unsqueeze(0) if cell.dim() == 2 else cell
-        _check_shape("cell", cell, (graphs, 3, 3))
-        given = getattr(data, "pbc", None)
-        given = torch.ones(3) if given is None else torch.as_tensor(given)
-        pbc = given.to(pos.device).bool().reshape(-1, 3)
-        pbc = pbc.expand(graphs, 3) if len(pbc) == 1 else pbc
-        _check_shape("pbc", pbc, (graphs, 3))
+    fields = read_fields(data, use_pbc=use_pbc)
+    batch = torch.repeat_interleave(fields.natoms)
+    _check_shape("pos", fields.pos, (len(batch), 3))
+    _check_shape("atomic_numbers", fields.atomic_numbers, (len(batch),))
     sid = getattr(data, "sid", None)
     sids = sid.reshape(-1).tolist() if isinstance(sid, torch.Tensor) else sid
     sids = sids if isinstance(sids, list) else [sids] if sids is not None else []
-    return _Structures(pos, cell, pbc, natoms, atomic_numbers, batch, sids)
+    return _Structures(*fields, batch, sids)
+
+
+class Fields(NamedTuple):
+    """What a batch says of its structures, in the shapes it should have but for the atoms."""
+
+    pos: Tensor  # [N, 3]
+    cell: Tensor  # [G, 3, 3], zero without periodicity
+    pbc: Tensor  # [G, 3] bool
+    natoms: Tensor  # [G] int64
+    atomic_numbers: Tensor  # [N] as given
+
+
+def read_fields(data: Any, *, use_pbc: bool) -> Fields:
+    """Read them without waiting for a GPU.
+
+    Raises:
+        StructureError: if one is missing, or cells or pbc are not as many as structures.
+    """
+    pos, numbers = _field(data, "pos"), _field(data, "atomic_numbers")
+    natoms = torch.as_tensor(_field(data, "natoms"), device=pos.device).reshape(-1).long()
+    graphs = len(natoms)
+    if not use_pbc:
+        cell = pos.new_zeros(graphs, 3, 3)
+        return Fields(pos, cell, torch.zeros_like(cell[:, 0], dtype=torch.bool), natoms, numbers)
+    cell = _field(data, "cell")
+    cell = cell.unsqueeze(0) if cell.dim() == 2 else cell
+    _check_shape("cell", cell, (graphs, 3, 3))
+    pbc = getattr(data, "pbc", None)
+    if pbc is None:
+        pbc = torch.ones(3, device=pos.device)
+    pbc = torch.as_tensor(pbc).to(pos.device).bool().reshape(-1, 3)
+    pbc = pbc.expand(graphs, 3) if len(pbc) == 1 else pbc
+    _check_shape("pbc", pbc, (graphs, 3))
+    return Fields(pos, cell, pbc, natoms, numbers)
 
 
 def _field(data: Any, name: str) -> Any:
@@ -332,19 +358,29 @@ def _image_offset(image: Tensor, cell: Tensor) -> Tensor:
     """
     if not cell.is_cuda:
         return torch.bmm(image.unsqueeze(1), cell).squeeze(1)
-    a, b, c = (image.unsqueeze(2) * cell).unbind(dim=1)
-    return (a + b) + c
+    return in_order(image, cell)
+
+
+def vectors(pos: Tensor, cell: Tensor, edges: NeighborList) -> Tensor:
+    """From each edge's target to its source, [E, 3] Angstrom.
+
+    Args:
+        pos: [N, 3] Angstrom.
+        cell: [E, 3, 3] Angstrom, of each edge's structure.
+        edges: between these atoms.
+    """
+    offset = _image_offset(edges.image.to(cell.dtype), cell).to(pos.dtype)
+    return pos[edges.source] - pos[edges.target] + offset
 
 
 def _edge_graph(structures: _Structures, edges: NeighborList, tags: Tensor | None) -> EdgeGraph:
-    source, target, image, _ = edges
-    pos, cell = structures.pos, structures.cell[structures.batch[target]]
-    vector = pos[source] - pos[target] + _image_offset(image.to(cell.dtype), cell).to(pos.dtype)
+    pos, target = structures.pos, edges.target
+    vector = vectors(pos, structures.cell[structures.batch[target]], edges)
     distance = vector.norm(dim=-1)
     _check_distances(structures, edges, distance)
     atoms = torch.arange(len(pos) + 1, device=target.device)
     return EdgeGraph(
-        source=source,
+        source=edges.source,
         target=target,
         target_ptr=torch.searchsorted(target.contiguous(), atoms),
         vector=vector,

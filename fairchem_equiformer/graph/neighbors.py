@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_Length = TypeVar("_Length", float, Tensor)
 
 TIE_TOLERANCE = 0.01
 """Angstrom^2 by which the non-strict mode exceeds the first neighbour beyond ``max_neighbors``."""
@@ -250,7 +252,7 @@ def _lengths(ascending: Tensor, groups: int) -> Tensor:
     return torch.searchsorted(ascending.contiguous(), bounds).diff()
 
 
-def _reach(radius: Tensor) -> Tensor:
+def widened(radius: _Length) -> _Length:
     """A little more than the radius: the distances that decide are rounded otherwise."""
     return 1.001 * radius + 0.01
 
@@ -259,7 +261,7 @@ def _pairs(
     atoms: _Atoms, targets: Tensor, ghosts: _Ghosts, radius: Tensor, cutoff: float
 ) -> Iterator[tuple[Tensor, _Pairs]]:
     """Look around the targets; yield bounded runs of them, in order, with their pairs."""
-    reach = _reach(radius)
+    reach = widened(radius)
     columns = _sort_into_columns(atoms, targets, ghosts, reach)
     itself = _places(ghosts, len(atoms.pos))
     for run in _runs(columns.length.sum(dim=1)):
@@ -275,7 +277,7 @@ def _pairs(
 def _ghosts(atoms: _Atoms, targets: Tensor, radius: Tensor) -> _Ghosts:
     """All images of atoms in the parallelepiped around the targets, widened by the radius."""
     lengths = _lengths(atoms.batch[targets], len(radius))
-    widening = _reach(radius).unsqueeze(1) * atoms.per_length  # [G, 3]
+    widening = widened(radius).unsqueeze(1) * atoms.per_length  # [G, 3]
     low = _segment(atoms.fractional[targets], "min", lengths) - widening
     high = _segment(atoms.fractional[targets], "max", lengths) + widening
     atom = torch.nonzero(lengths[atoms.batch] > 0).squeeze(1)
@@ -398,8 +400,7 @@ def _image_offset(atoms: _Atoms, graph: Tensor, image: Tensor) -> Tensor:
     """
     image = image.to(atoms.cell.dtype)
     if atoms.cell.is_cuda or 9 * atoms.images < 400:
-        a, b, c = atoms.cell[graph].unbind(dim=1)
-        return (image[:, :1] * a + image[:, 1:2] * b) + image[:, 2:] * c
+        return in_order(image, atoms.cell[graph])
     counts = _lengths(graph, len(atoms.cell)).tolist()
     offsets = []
     for cell, images in zip(atoms.cell, torch.split(image, counts), strict=True):
@@ -409,23 +410,41 @@ def _image_offset(atoms: _Atoms, graph: Tensor, image: Tensor) -> Tensor:
     return torch.cat(offsets)
 
 
-def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest squared distance that each target accepts, and whether the strict rule cuts a tie.
+def in_order(image: Tensor, cell: Tensor) -> Tensor:
+    """``image @ cell``, [..., 3] of [..., 3] and [..., 3, 3], summed from the first vector on."""
+    a, b, c = cell.unbind(dim=-2)
+    return (image[..., :1] * a + image[..., 1:2] * b) + image[..., 2:] * c
 
-    Returns:
-        [rows] Angstrom^2, infinite if all pairs are accepted; [rows] bool, whether more accept it
-        than may; [rows] bool, whether more are that far up to rounding.
-    """
-    limit = pairs.distance_sqr.new_full((rows,), torch.inf)
-    tie = torch.zeros_like(limit, dtype=torch.bool)
+
+def _limit(pairs: _Pairs, rows: int, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`accepted`, for each of so many rows of pairs."""
     count = _lengths(pairs.row, rows)
     width, k = int(count.max()), rule.max_neighbors
-    if k <= 0 or width <= k:
+    table = pairs.distance_sqr.new_empty(rows, 0)
+    if 0 < k < width:
+        table = _table(pairs, count, width)
+    return accepted(table, k, strict=rule.strict)
+
+
+def accepted(table: Tensor, k: int, *, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest squared distance that each target accepts, and whether the strict rule cuts a tie.
+
+    Args:
+        table: [T, width] Angstrom^2, within the cutoff; infinite where there is no neighbour.
+        k: ``max_neighbors``.
+        strict: see the module.
+
+    Returns:
+        [T] Angstrom^2, infinite if all pairs are accepted; [T] bool, whether more accept it
+        than may; [T] bool, whether more are that far up to rounding.
+    """
+    limit = table.new_full((len(table),), torch.inf)
+    tie = torch.zeros_like(limit, dtype=torch.bool)
+    if k <= 0 or table.shape[1] <= k:
         return limit, tie, tie
-    table = _table(pairs, count, width)
     nearest = torch.topk(table, k + 1, dim=1, largest=False).values
-    full = count > k
-    if not rule.strict:
+    full = nearest[:, k] < torch.inf
+    if not strict:
         return torch.where(full, nearest[:, k] + TIE_TOLERANCE, limit), tie, tie
     last, lost = nearest[:, k - 1], nearest[:, k]
     rounding = ROUNDING * torch.finfo(last.dtype).eps

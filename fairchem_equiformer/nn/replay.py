@@ -8,6 +8,7 @@ recorded with, so that new input is copied into them, and so are its results rea
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ Buffers = Mapping[str, Tensor]
 # Runs a function, and gives what runs it again on the same tensors, and the tensors of its results.
 Recorder = Callable[[Callable[[], Results]], tuple[Callable[[], object], Results]]
 
+_MOST = 8  # recorded functions of one model: each holds the memory of a forward pass
 _WARM_UP = 3  # calls before: kernels are compiled, TorchScript's profiling comes to its end
 _AGREEMENT = 1e-3  # of a replay's results with the function's, relative to the largest
 
@@ -85,6 +87,7 @@ class Recorded:
         record: Recorder,
     ) -> None:
         self._buffers = buffers
+        self._function = function  # a CUDA graph reads its tensors, but does not hold them
         self._replay, self._results = record(lambda: function(buffers))
 
     def __call__(self, values: Mapping[str, Tensor | int]) -> Results:
@@ -101,6 +104,59 @@ class Recorded:
         return self._results
 
 
+Key = tuple[object, ...]
+
+
+class Recordings:
+    """What was recorded for one model, by what it was recorded for: the latest few.
+
+    A function is recorded when it is asked for the second time: single points are not worth it.
+    """
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[Key, Recorded] = OrderedDict()
+        self._asked: set[Key] = set()
+        self._failed = False
+
+    def get(self, key: Key) -> Recorded | None:
+        """What is held under this key."""
+        key = _whole(key)
+        if key in self._held:
+            self._held.move_to_end(key)
+        return self._held.get(key)
+
+    def drop(self, key: Key) -> None:
+        """Forget it, to record it anew when it is asked for again."""
+        self._held.pop(_whole(key), None)
+
+    def asked_again(self, key: Key) -> bool:
+        """Whether this is to be recorded now."""
+        key = _whole(key)
+        again = key in self._asked and not self._failed
+        self._asked.add(key)
+        return again
+
+    def record(
+        self, key: Key, function: Callable[[Buffers], Results], buffers: Buffers
+    ) -> Recorded | None:
+        """Record a function on these buffers; None, and a line in the log, if it cannot be."""
+        record = RECORDERS[next(iter(buffers.values())).device.type]
+        try:
+            recorded = Recorded(function, buffers, record)
+        except RuntimeError as error:
+            self._failed = True
+            say_once(logging.WARNING, f"recording one failed: {error}")
+            return None
+        self._held[_whole(key)] = recorded
+        if len(self._held) > _MOST:
+            self._held.popitem(last=False)
+        return recorded
+
+
+def _whole(key: Key) -> Key:
+    return (*key, torch.get_float32_matmul_precision())
+
+
 def fill(buffers: Buffers, values: Mapping[str, Tensor | int]) -> None:
     """Write numbers, and tensors into the first rows."""
     for name, value in values.items():
@@ -110,11 +166,12 @@ def fill(buffers: Buffers, values: Mapping[str, Tensor | int]) -> None:
             buffers[name].fill_(value)
 
 
+_KERNEL_BY_KERNEL = "forward passes run kernel by kernel, not as a CUDA graph"
 _said: set[str] = set()
 
 
-def say_once(level: int, reason: str) -> None:
-    """Log why forward passes are not recorded, once for each reason."""
+def say_once(level: int, reason: str, what: str = _KERNEL_BY_KERNEL) -> None:
+    """Log why forward passes, or a part of them, are not recorded: once for each reason."""
     if reason not in _said:
         _said.add(reason)
-        logger.log(level, "forward passes run kernel by kernel, not as a CUDA graph: %s", reason)
+        logger.log(level, "%s: %s", what, reason)
