@@ -19,7 +19,6 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from e3nn import o3
 from torch import Tensor, nn
 
 from fairchem_equiformer.models.backbone import EquiformerV2Backbone
@@ -28,6 +27,7 @@ from fairchem_equiformer.models.load_hooks import drop_derived
 from fairchem_equiformer.models.readouts import force_block, forces
 from fairchem_equiformer.nn.initialization import initialize
 from fairchem_equiformer.nn.so3_linear import SO3Linear
+from fairchem_equiformer.ops.harmonics import spherical_harmonics
 from fairchem_equiformer.ops.touch import touch
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class DeNSBackbone(EquiformerV2Backbone):
         x: Tensor = self.force_embedding(self._forces_on_sphere(data, graph.num_nodes)[:, :, None])
         if self.noise_schedule_sigma_embedding is None:
             return x
-        sigmas = x.new_zeros(len(x), 1)
+        sigmas = torch.zeros_like(x[:, 0, :1])
         if is_denoising(data):
             sigmas = _field(data, "sigmas").to(x).reshape(-1, 1)
         scalars = x[:, :1] + self.noise_schedule_sigma_embedding(sigmas)[:, None]
@@ -91,9 +91,7 @@ class DeNSBackbone(EquiformerV2Backbone):
         mask = getattr(data, "noise_mask", None)
         if mask is not None:
             force = force * mask.reshape(-1, 1)
-        harmonics: Tensor = o3.spherical_harmonics(
-            degrees, force, normalize=True, normalization="component"
-        )
+        harmonics = spherical_harmonics(degrees, force, normalize=True, normalization="component")
         length: Tensor = force.norm(dim=1, keepdim=True)
         return harmonics * length / math.sqrt(3)
 

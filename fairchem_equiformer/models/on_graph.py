@@ -6,12 +6,14 @@ cut, follows from positions: the host has to read it, which ends a compiled grap
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
+from fairchem_equiformer.models.dens import is_denoising
 from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
 from fairchem_equiformer.models.hydra import EquiformerV2Hydra
 from fairchem_equiformer.ops.segments import table_of, target_chunks
@@ -26,6 +28,7 @@ _FIELDS = (
     "batch",
     "natoms",
 )
+_OF_ATOMS = ("atomic_numbers", "batch", "tags", "forces", "noise_mask", "sigmas")
 
 
 class OnGraph(nn.Module):
@@ -50,7 +53,8 @@ class OnGraph(nn.Module):
         most = base.edges_at_once(graph.vector.device)
         table = table_of(target_chunks(graph.target_ptr, most))
         tags = {} if graph.tags is None else {"tags": graph.tags}
-        return {name: getattr(graph, name) for name in _FIELDS} | tags | {"chunks": table}
+        fields = {name: getattr(graph, name) for name in _FIELDS}
+        return fields | tags | {"chunks": table} | _noise_of(data)
 
     def exported(self, data: Any) -> ExportedProgram:
         """The model for ``torch.export.save``, for any number of atoms, edges and structures.
@@ -65,7 +69,7 @@ class OnGraph(nn.Module):
             raise ValueError(f"{small[0]}: the batch to export with has one, it must have two")
         edges, atoms = Dim("edges"), Dim("atoms", max=2**31)
         counts = {"target_ptr": atoms + 1, "natoms": Dim("structures"), "chunks": Dim("chunks")}
-        counts |= dict.fromkeys(("atomic_numbers", "batch", "tags"), atoms)
+        counts |= dict.fromkeys(_OF_ATOMS, atoms)
         sizes = {name: {0: counts.get(name, edges)} for name in inputs}
         return export(self, (), inputs, dynamic_shapes=sizes)
 
@@ -81,6 +85,9 @@ class OnGraph(nn.Module):
         natoms: Tensor,
         chunks: Tensor,
         tags: Tensor | None = None,
+        forces: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        sigmas: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Predict as the model does, in the normalised units of training.
 
@@ -88,8 +95,37 @@ class OnGraph(nn.Module):
             source: [E] and so on: fields of
                 :class:`~fairchem_equiformer.graph.edge_graph.EdgeGraph`.
             chunks: [chunks, 6] int64, in the host's memory whatever the device.
+            tags: [N], where the model reads them.
+            forces: [N, 3] in a noisy step of DeNS, and what follows as there.
+            noise_mask: [N].
+            sigmas: [N, 1].
         """
         graph = EdgeGraph(
             source, target, target_ptr, vector, distance, atomic_numbers, batch, natoms, tags
         )
-        return self.model.of_graph(graph, chunk_table=chunks)
+        noise = None if forces is None else _Noise(forces, noise_mask, sigmas)
+        return self.model.of_graph(graph, noise, chunk_table=chunks)
+
+
+@dataclass
+class _Noise:
+    """What a model with DeNS reads of a batch in a noisy step: see models/dens.py."""
+
+    forces: Tensor
+    noise_mask: Tensor | None
+    sigmas: Tensor | None
+    denoising_pos_forward: bool = True
+
+
+def _noise_of(data: Any) -> dict[str, Tensor]:
+    """Fields of :class:`_Noise` in a noisy step.
+
+    Raises:
+        ValueError: if there are no forces.
+    """
+    if not is_denoising(data):
+        return {}
+    if getattr(data, "forces", None) is None:
+        raise ValueError("the batch is noisy, but has no field 'forces'")
+    found = {name: getattr(data, name, None) for name in ("forces", "noise_mask", "sigmas")}
+    return {name: value for name, value in found.items() if value is not None}

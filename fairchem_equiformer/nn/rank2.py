@@ -19,11 +19,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from e3nn import o3
 from torch import Tensor, nn
 
 from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.nn.recompute import recomputed
+from fairchem_equiformer.ops.harmonics import spherical_harmonics
 from fairchem_equiformer.ops.segments import Chunk, in_single, segment_sum, take
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class _Components(nn.Module):
     def forward(self, vector: Tensor) -> list[tuple[Tensor, nn.Module]]:
         """Components of each edge [E, T] and the perceptron they go through."""
         if self.decompose:
-            harmonics = o3.spherical_harmonics(2, vector, normalize=True)
-            ones = vector.new_ones(len(vector), 1)
+            harmonics = spherical_harmonics([2], vector, normalize=True)
+            ones = torch.ones_like(vector[:, :1])
             return [(ones, self.scalar_MLP), (harmonics, self.irrep2_MLP)]
         products = vector[:, :, None] * vector[:, None]
         return [(products.flatten(1), self.r2tensor_MLP)]
@@ -102,6 +102,9 @@ class Rank2Readout(nn.Module):
         """
         keep = torch.is_grad_enabled() and x.requires_grad
         vector = edges.vector.to(x.dtype)
+        if edges.chunk_table is not None:  # a compiler decides what is kept
+            ends = edges.source, edges.target
+            return self._of_edges(x, vector, ends, edges.first_row, edges.target_ptr.diff())
         chunks = []
         for chunk in edges.chunks or (_NO_ATOMS,):
             if keep:  # of a chunk's edges nothing is kept for the backward pass
@@ -112,12 +115,17 @@ class Rank2Readout(nn.Module):
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     def _chunk(self, x: Tensor, edges: Edges, vector: Tensor, chunk: Chunk) -> list[Tensor]:
-        vector, target = vector[chunk.edges], edges.target[chunk.edges]
-        messages = self._messages(x, vector, edges.source[chunk.edges], target)
-        num_nodes = chunk.nodes.stop - chunk.nodes.start
-        segment = target - chunk.nodes.start
-        pointers = edges.target_ptr[chunk.rows.start : chunk.rows.stop + 1]
-        count = pointers.diff().clamp(min=1)[:, None, None]
+        ends = edges.source[chunk.edges], edges.target[chunk.edges]
+        degree = edges.target_ptr[chunk.rows.start : chunk.rows.stop + 1].diff()
+        return self._of_edges(x, vector[chunk.edges], ends, chunk.nodes.start, degree)
+
+    def _of_edges(
+        self, x: Tensor, vector: Tensor, ends: tuple[Tensor, Tensor], first: int, degree: Tensor
+    ) -> list[Tensor]:
+        """Of atoms from the first on, with all of their edges; ``degree`` [n] is their number."""
+        messages = self._messages(x, vector, *ends)
+        segment, num_nodes = ends[1] - first, degree.shape[0]
+        count = degree.clamp(min=1)[:, None, None]
 
         def mean(values: Tensor) -> Tensor:
             return segment_sum(values, segment, num_nodes) / count
@@ -134,7 +142,7 @@ class Rank2Readout(nn.Module):
 
     def _messages(self, x: Tensor, vector: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Node features read along the edge: [e, W]."""
-        harmonics = o3.spherical_harmonics(self.degrees, vector, normalize=False)
+        harmonics = spherical_harmonics(self.degrees, vector, normalize=False)
         factors = self.sphharm_norm(harmonics[:, :, None]).transpose(1, 2)  # [e, 1, K]
         ends = (source, target) if self.both_ends else (target,)
         read = [torch.bmm(factors, take(x, 0, end))[:, 0] for end in ends]

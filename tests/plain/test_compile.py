@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fairchem_equiformer.graph.batch import Batch
+from fairchem_equiformer.models.dens import (
+    DeNSBackbone,
+    DeNSEnergyHead,
+    DeNSForceHead,
+    DeNSStressHead,
+)
 from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
-from fairchem_equiformer.models.heads import EnergyHead, ForceHead
+from fairchem_equiformer.models.heads import EnergyHead, ForceHead, StressHead
 from fairchem_equiformer.models.hydra import EquiformerV2Hydra
 from fairchem_equiformer.models.on_graph import OnGraph
 from fairchem_equiformer.ops import library
-from tests.tolerances import assert_all_close
+from tests.tolerances import assert_all_close, assert_close
 
 # What PyTorch's compilers say of themselves.
 pytestmark = [
@@ -61,6 +68,22 @@ OPTIONS = {
     },
     "PyTorch's kernels": {"sphere_channels": 12, "attn_hidden_channels": 8, "edge_channels": 8},
 }
+HEADS = {
+    "energy and forces": {"energy": (EnergyHead, {}), "forces": (ForceHead, {})},
+    "stress": {
+        "energy": (EnergyHead, {}),
+        "stress": (StressHead, {}),
+        "parts": (StressHead, {"output_name": "stress_of", "decompose": True}),
+    },
+    "stress of edges": {
+        "both": (StressHead, {"edge_level_mlp": True, "use_source_target_embedding": True}),
+    },
+}
+DENS = {
+    "energy": (DeNSEnergyHead, {}),
+    "forces": (DeNSForceHead, {}),
+    "stress": (DeNSStressHead, {"use_denoising": False}),
+}
 
 
 def batch(structures: int, atoms: int) -> Batch:
@@ -91,11 +114,20 @@ def step(function, model, autocast=None) -> tuple[dict, dict]:
 
 
 def assert_near(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
-    """Results to the bit; sums of gradients may be made in another order."""
+    """Sums of gradients may be made in another order."""
     (results, gradients), (wanted, wanted_gradients) = found, expected
-    assert results.keys() == wanted.keys()
-    assert all(torch.equal(results[name], wanted[name]) for name in wanted)
+    assert_equal(results, wanted)
     assert_all_close(gradients, wanted_gradients, "gradients")
+
+
+def assert_equal(results: dict, wanted: dict) -> None:
+    """To the bit; a stress to rounding, whose edges a compiler sees all at once."""
+    assert results.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if name.startswith("stress"):
+            assert_close(results[name], value, "outputs", name=name)
+        else:
+            assert torch.equal(results[name], value), name
 
 
 @pytest.fixture(autouse=True)
@@ -121,8 +153,13 @@ class Calls(TorchDispatchMode):
 def calls(monkeypatch):
     """Of every operation, by models that take the way of a compiler without one."""
     found = Calls()
-    for name in ("separable grid MLP", "gate", "separable S2"):
-        model, data = flat(**OPTIONS[name]), batch(1, 7)
+    for model in (
+        flat(),
+        flat(**OPTIONS["gate"]),
+        flat(**OPTIONS["separable S2"]),
+        EquiformerV2Hydra(KEYS, HEADS["stress"]),
+    ):
+        data = batch(1, 7)
         expected = step(lambda model=model, data=data: model(data), model)
         on_graph = OnGraph(model)
         with monkeypatch.context() as patch, found:
@@ -154,10 +191,10 @@ def test_what_has_no_gradient_says_so():
         rotations.sum().backward()
 
 
-def train(model, backend="aot_eager", autocast=None):
+def train(model, backend="aot_eager", autocast=None, make=batch):
     """A compiled graph's break is an error. The second batch has other sizes."""
     function = torch.compile(OnGraph(model), backend=backend, fullgraph=True)
-    for data in (batch(1, 9), batch(2, 6)):
+    for data in (make(1, 9), make(2, 6)):
         inputs = OnGraph(model).inputs(data)
         assert len(inputs["chunks"]) > 1
         found = step(lambda inputs=inputs: function(**inputs), model, autocast)
@@ -182,19 +219,65 @@ def test_compiled_training_steps_in_bfloat16(options):
 
 
 @pytest.mark.long
-def test_heads_by_name():
-    train(EquiformerV2Hydra(KEYS, {"energy": (EnergyHead, {}), "forces": (ForceHead, {})}))
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+def test_heads_by_name(heads):
+    train(EquiformerV2Hydra(KEYS, heads))
+
+
+def denoising() -> EquiformerV2Hydra:
+    return EquiformerV2Hydra(KEYS | {"use_noise_schedule_sigma_encoding": True}, DENS, DeNSBackbone)
+
+
+def clean(structures: int, atoms: int) -> Batch:
+    return batch(structures, atoms)
+
+
+def noisy(structures: int, atoms: int) -> SimpleNamespace:
+    """As fairchem's trainer gives it where all atoms are noisy."""
+    data = SimpleNamespace(**vars(batch(structures, atoms)), denoising_pos_forward=True)
+    data.forces, data.sigmas = torch.randn_like(data.pos), torch.rand(len(data.pos), 1)
+    return data
+
+
+def partly_noisy(structures: int, atoms: int) -> SimpleNamespace:
+    data = noisy(structures, atoms)
+    data.noise_mask = torch.arange(len(data.pos)) % 3 > 0
+    return data
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("make", [clean, noisy, partly_noisy])
+def test_steps_of_dens(make):
+    train(denoising(), make=make)
+
+
+def test_a_noisy_step_needs_forces():
+    data = noisy(1, 4)
+    del data.forces
+    with pytest.raises(ValueError, match="noisy, but has no field 'forces'"):
+        OnGraph(denoising()).inputs(data)
+
+
+def exported(model, make, file) -> None:
+    """Exported with any sizes, saved, read again, run on others."""
+    on_graph = OnGraph(model.eval())
+    with torch.no_grad():
+        torch.export.save(on_graph.exported(make(2, 6)), file)
+        program = torch.export.load(file).module()
+        for data in (make(1, 9), make(3, 5)):
+            assert_equal(program(**on_graph.inputs(data)), model(data))
 
 
 def test_an_exported_model(tmp_path):
-    """Exported with any sizes, saved, read again, run on others."""
-    model = flat().eval()
-    on_graph = OnGraph(model)
-    file = tmp_path / "model.pt2"
-    with torch.no_grad():
-        torch.export.save(on_graph.exported(batch(2, 6)), file)
-        program = torch.export.load(file).module()
-        for data in (batch(1, 9), batch(3, 5)):
-            found, expected = program(**on_graph.inputs(data)), model(data)
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    exported(flat(), batch, tmp_path / "model.pt2")
+
+
+@pytest.mark.long
+def test_an_exported_model_of_stresses(tmp_path):
+    exported(EquiformerV2Hydra(KEYS, HEADS["stress"]), batch, tmp_path / "model.pt2")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("make", [clean, noisy, partly_noisy])
+def test_an_exported_model_with_dens(make, tmp_path):
+    exported(denoising(), make, tmp_path / "model.pt2")
