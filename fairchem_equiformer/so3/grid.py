@@ -17,17 +17,29 @@ from torch import Tensor
 from fairchem_equiformer.so3.layout import Layout, layout
 
 
+class LatitudeFactor(NamedTuple):
+    """The part of R coefficients that depends on the latitude, as functions of it.
+
+    Those of even l + m are the same north and south of the equator, those of odd l + m opposite.
+    """
+
+    values: Tensor  # [B / 2, R] in the north, sorted by order, and in it even l + m first
+    row: Tensor  # [R] int64, of these coefficients among those of the grid
+    starts: Tensor  # [2 M + 1] int64, where each order begins, and in it its odd l + m
+
+
 class GridFactors(NamedTuple):
     """A harmonic on the grid is a function of the latitude times one of the longitude.
 
-    With B latitudes, A longitudes, M orders, R coefficients, S of them wanted back.
+    With B latitudes, M orders m, R coefficients, S of them wanted back. Longitudes are paired so
+    that the functions of the first orders are the same at both of a pair, the others opposite.
     """
 
-    latitude_in: Tensor  # [B, R]
-    latitude_out: Tensor  # [B, S]
-    longitude: Tensor  # [A, M]: cos(m a) for m >= 0, sin(|m| a) for m < 0
-    order_in: Tensor  # [R] int64, column of `longitude`
-    order_out: Tensor  # [S]
+    latitude_in: LatitudeFactor
+    latitude_out: LatitudeFactor
+    longitude: Tensor  # [pairs + unpaired, M] at the first of each pair: cos(m a) or sin(|m| a)
+    num_pairs: int
+    num_same: int  # orders whose function is the same at both of a pair
 
 
 class Grid(NamedTuple):
@@ -89,17 +101,26 @@ def _latitude_weights(polar: Tensor) -> Tensor:
     return 2 / len(polar) * polar.sin() * ((polar[:, None] * odd).sin() / odd).sum(dim=1)
 
 
+class _Harmonics(NamedTuple):
+    """The factors at all latitudes and longitudes, and the coefficients that they belong to."""
+
+    rows: tuple[tuple[int, int], ...]  # (l, m) of each
+    orders: tuple[int, ...]
+    latitude_in: Tensor  # [B, R]
+    latitude_out: Tensor  # [B, R]
+    longitude: Tensor  # [A, M]: cos(m a) for m >= 0, sin(|m| a) for m < 0
+
+
 @cache
-def _factors(layout: Layout, resolution: int | None, l_major: bool) -> GridFactors:
+def _harmonics(layout: Layout, resolution: int | None, l_major: bool) -> _Harmonics:
     double = torch.float64
     latitudes, longitudes = _resolution(layout, resolution)
     polar = (torch.arange(latitudes, dtype=double) + 0.5) * math.pi / latitudes
     azimuth = torch.arange(longitudes, dtype=double) * 2 * math.pi / longitudes
     weights = _latitude_weights(polar) / longitudes  # [B]
 
-    orders = list(range(-layout.mmax, layout.mmax + 1))
+    orders = tuple(range(-layout.mmax, layout.mmax + 1))
     rows = layout.l_major if l_major else layout.m_major
-    columns = torch.tensor([orders.index(m) for _, m in rows])
     longitude = [(m * azimuth).cos() if m >= 0 else (-m * azimuth).sin() for m in orders]
     degrees = list(range(layout.lmax + 1))
     latitude = torch.empty(latitudes, len(rows), dtype=double)
@@ -117,18 +138,50 @@ def _factors(layout: Layout, resolution: int | None, l_major: bool) -> GridFacto
     rescale = torch.tensor(layout.truncation_rescale, dtype=double)
     rescale = rescale[[degree**2 + degree + m for degree, m in rows]]
     norm = math.sqrt(layout.lmax + 1)
-    return GridFactors(
+    return _Harmonics(
+        rows,
+        orders,
         latitude * rescale / norm,
         latitude * weights[:, None] * size * rescale * norm,
         torch.stack(longitude, dim=1),
-        columns,
-        columns,
     )
 
 
-def _points(latitude: Tensor, longitude: Tensor, order: Tensor) -> Tensor:
+def _factors(harmonics: _Harmonics, part: slice) -> GridFactors:
+    """Of each pair of longitudes, and of the northern latitudes, one.
+
+    Half a turn apart, functions of even orders are equal and others opposite. An odd number of
+    longitudes has no such pairs: there a and -a are one, and a = 0 remains.
+    """
+    longitudes = len(harmonics.longitude)
+    half = longitudes // 2
+    if longitudes % 2:
+        same, first = [m >= 0 for m in harmonics.orders], [*range(1, half + 1), 0]
+    else:
+        same, first = [m % 2 == 0 for m in harmonics.orders], list(range(half))
+    columns = sorted(range(len(same)), key=lambda i: (not same[i], abs(harmonics.orders[i])))
+    orders = [harmonics.orders[column] for column in columns]
+
+    def latitude_factor(values: Tensor, rows: tuple[tuple[int, int], ...]) -> LatitudeFactor:
+        place = [2 * orders.index(m) + (degree + m) % 2 for degree, m in rows]
+        row = sorted(range(len(rows)), key=place.__getitem__)
+        starts = [sum(p < start for p in place) for start in range(2 * len(orders) + 1)]
+        north = values[: len(values) // 2, row]
+        return LatitudeFactor(north, torch.tensor(row), torch.tensor(starts))
+
+    return GridFactors(
+        latitude_factor(harmonics.latitude_in, harmonics.rows),
+        latitude_factor(harmonics.latitude_out[:, part], harmonics.rows[part]),
+        harmonics.longitude[first][:, columns],
+        half,
+        sum(same),
+    )
+
+
+def _points(harmonics: _Harmonics, latitude: Tensor) -> Tensor:
     """Product of the factors at every point: [P, R]."""
-    return (latitude[:, None] * longitude[:, order]).flatten(0, 1)
+    columns = [harmonics.orders.index(m) for _, m in harmonics.rows]
+    return (latitude[:, None] * harmonics.longitude[:, columns]).flatten(0, 1)
 
 
 # Rows of the result that are wanted, in either order.
@@ -167,22 +220,20 @@ def grid(
             f"{2 * (layout.lmax + 1)}, got {resolution}"
         )
         raise ValueError(msg)
-    factors = _factors(layout, resolution, l_major)
+    harmonics = _harmonics(layout, resolution, l_major)
     part = _PARTS[wanted]
-    latitude_in, latitude_out, longitude, order_in, order_out = factors
-    latitude_out, order_out = latitude_out[:, part].contiguous(), order_out[part].contiguous()
 
     def cast(matrix: Tensor) -> Tensor:
-        return matrix.to(device=device, dtype=dtype)
+        return matrix.to(device=device, dtype=dtype).contiguous()
 
+    def cast_latitudes(factor: LatitudeFactor) -> LatitudeFactor:
+        return LatitudeFactor(cast(factor.values), factor.row.to(device), factor.starts.to(device))
+
+    latitude_in, latitude_out, longitude, *counts = _factors(harmonics, part)
     return Grid(
-        cast(_points(latitude_in, longitude, order_in)),
-        cast(_points(latitude_out, longitude, order_out)),
+        cast(_points(harmonics, harmonics.latitude_in)),
+        cast(_points(harmonics, harmonics.latitude_out)[:, part]),
         GridFactors(
-            cast(latitude_in),
-            cast(latitude_out),
-            cast(longitude),
-            order_in.to(device),
-            order_out.to(device),
+            cast_latitudes(latitude_in), cast_latitudes(latitude_out), cast(longitude), *counts
         ),
     )

@@ -70,14 +70,22 @@ class RowsStruct(ctypes.Structure):
     )
 
 
+class LatitudesStruct(ctypes.Structure):
+    """``struct Latitudes`` of s2_grid.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("values", "row", "starts")),
+        ("rows", c_int64),
+    )
+
+
 class GridStruct(ctypes.Structure):
     """``struct Grid`` of s2_grid.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("latitude_in", "latitude_out", "longitude")),
-        *((name, c_void_p) for name in ("order_in", "order_out")),
-        *((name, c_int64) for name in ("latitudes", "longitudes", "orders")),
-        *((name, c_int64) for name in ("rows_in", "rows_out")),
+        *((name, LatitudesStruct) for name in ("in_", "out")),
+        ("longitude", c_void_p),
+        *((name, c_int64) for name in ("latitudes", "pairs", "unpaired", "orders", "same")),
     )
 
 

@@ -8,9 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native.interface import Floats, GridStruct, Indices
+from fairchem_equiformer.ops.native.interface import Floats, GridStruct, Indices, LatitudesStruct
 from fairchem_equiformer.ops.native.loader import dense_items, fits, usable
-from fairchem_equiformer.so3.grid import Grid
+from fairchem_equiformer.so3.grid import Grid, GridFactors, LatitudeFactor
+
+
+def _latitudes(factor: LatitudeFactor) -> LatitudesStruct:
+    values, row, starts = factor
+    addresses = Floats.address(values), Indices.address(row), Indices.address(starts)
+    return LatitudesStruct(*addresses, len(row))
+
+
+def _struct(factors: GridFactors) -> GridStruct:
+    latitude_in, latitude_out, longitude, num_pairs, num_same = factors
+    return GridStruct(
+        _latitudes(latitude_in),
+        _latitudes(latitude_out),
+        Floats.address(longitude),
+        len(latitude_in.values),
+        num_pairs,
+        len(longitude) - num_pairs,
+        longitude.shape[1],
+        num_same,
+    )
 
 
 class GridKernels:
@@ -18,15 +38,9 @@ class GridKernels:
 
     def __init__(self, kernels: ctypes.CDLL, grid: Grid) -> None:
         self._kernels = kernels
-        self._tensors = grid.factors  # must outlive the pointers
-        self.shape = len(grid.to_grid), *grid.from_grid.shape[1:]  # P, S
-        latitudes, rows_in = grid.factors.latitude_in.shape
-        longitudes, orders = grid.factors.longitude.shape
-        rows_out = grid.factors.latitude_out.shape[1]
-        sizes = (latitudes, longitudes, orders, rows_in, rows_out)
-        *factors, order_in, order_out = grid.factors
-        orders_of_rows = Indices.address(order_in), Indices.address(order_out)
-        self.struct = GridStruct(*map(Floats.address, factors), *orders_of_rows, *sizes)
+        self._factors = grid.factors  # must outlive the pointers
+        self.shape = len(grid.to_grid), grid.from_grid.shape[1]  # P, S
+        self.struct = _struct(grid.factors)
 
     def _call(self, name: str, x: Tensor, *arguments: Any) -> None:
         end = len(x), x.shape[2], torch.get_num_threads()
