@@ -12,6 +12,8 @@ from functools import cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from fairchem_equiformer.threads import wait_asleep
+
 if TYPE_CHECKING:
     from fairchem_equiformer.calculator import EquiformerCalculator
     from fairchem_equiformer.fairchem1.data.md17 import MD17Dataset
@@ -76,6 +78,8 @@ _MODULES = {
     "NoisyNodesLmdb": "fairchem1.data.noisy_nodes",
     "QM9Dataset": "fairchem1.data.qm9",
 }
+
+wait_asleep()  # before somebody imports torch
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import sys
 from importlib import metadata
 
 from fairchem_equiformer import __version__, fairchem1_installed, patches_wanted
+from fairchem_equiformer.threads import waiting
 
 DISTRIBUTIONS = (
     *("torch", "e3nn", "numpy", "ase", "scipy", "triton"),
@@ -69,6 +70,7 @@ def _of_torch() -> dict[str, str]:
         "torch": torch.__version__,  # with the variant, as in 2.13.0+cpu
         "devices": ", ".join(devices),
         "threads": threads + (f", OMP_NUM_THREADS={asked}" if asked else ""),
+        "waiting threads": waiting(),
         "kernels on the CPU": loader.status(),
     }
 

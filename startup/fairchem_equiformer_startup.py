@@ -4,7 +4,8 @@ fairchem-core imports each of its models before it runs, and stops if one of the
 imported. Our own command could put that right for itself, but not for the processes that never see
 it: fairchem-core's `fairchem`, Slurm jobs, the ranks of a distributed run. Python reads the .pth
 file beside this module at start-up, and so all of them are served in one place, and `fairchem`
-checks its input as `python -m fairchem_equiformer` does.
+checks its input as `python -m fairchem_equiformer` does. In all of them, threads that wait go to
+sleep (`fairchem_equiformer/threads.py`).
 `FAIRCHEM_EQUIFORMER_PATCHES=off` in the environment turns it off; other versions of fairchem-core
 are left alone.
 
@@ -50,6 +51,10 @@ def check_input(_: ModuleType) -> None:
     patches.exchange_the_command()
 
 
+def let_threads_sleep(_: ModuleType) -> None:
+    """Do nothing more: `wanted` imported our package, which did it, before torch was imported."""
+
+
 class Finder:
     """Finds a module as the finders after it do, and has something exchanged in it."""
 
@@ -83,5 +88,6 @@ class Finder:
         return spec
 
 
+sys.meta_path.insert(0, Finder("fairchem.core", let_threads_sleep))
 sys.meta_path.insert(0, Finder("fairchem.core.common.utils", import_models_that_can_be))
 sys.meta_path.insert(0, Finder("fairchem.core._cli", check_input))

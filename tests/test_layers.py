@@ -22,6 +22,7 @@ FAIRCHEM_2 = {"fairchem2"} | ADAPTER
 APPLICATION = FAIRCHEM_1 | FAIRCHEM_2 | {"calculator", "torch_sim"}
 MAY_IMPORT = {
     "errors": set(),
+    "threads": set(),
     "files": {"errors"},
     "so3": set(),
     "ops": OPS,
@@ -33,10 +34,11 @@ MAY_IMPORT = {
     "torch_sim": ADAPTER,
     "fairchem1": ADAPTER,
     "fairchem2": ADAPTER,
-    "__init__": APPLICATION,  # nothing until it is asked for, see test_lazy_imports.py
+    "__init__": APPLICATION
+    | {"threads"},  # nothing until it is asked for, see test_lazy_imports.py
     "__main__": APPLICATION,
     "convert": APPLICATION,
-    "info": {"ops"},
+    "info": {"ops", "threads"},
     "leaderboard": APPLICATION,
     "adsorbml": APPLICATION,
     # Names of fairchem1 in configs and checkpoints from before 0.2.
@@ -47,7 +49,7 @@ MAY_IMPORT = {
 FRAMEWORKS = {"fairchem", "torch_geometric", "torch_scatter", "torch_sim"}
 WITHOUT_FRAMEWORK = {
     *("errors", "files", "so3", "ops", "graph", "nn", "models", "checkpoints", "calculator"),
-    *("__init__", "convert", "info"),
+    *("__init__", "convert", "info", "threads"),
 }
 
 FILES = [

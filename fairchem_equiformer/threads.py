@@ -1,0 +1,31 @@
+"""How threads of OpenMP wait for each other: briefly awake, then asleep.
+
+libgomp, which torch and our kernels share, lets threads that wait turn in a loop for milliseconds.
+Where something else wants the same cores, that loop takes the time of the thread that is waited
+for. libgomp reads its settings once, when torch is imported, so they must be made before that: on
+the import of this package, or of fairchem-core 1.10 (``startup/``). Whoever set a variable of
+OpenMP's waiting is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+SPIN_COUNT = "GOMP_SPINCOUNT"
+WAIT_POLICY = "OMP_WAIT_POLICY"
+_TURNS = 1000  # some ten microseconds
+
+
+def wait_asleep() -> None:
+    """Let threads that wait go to sleep after microseconds; too late once torch is imported."""
+    if "torch" not in sys.modules and WAIT_POLICY not in os.environ:
+        os.environ.setdefault(SPIN_COUNT, str(_TURNS))
+
+
+def waiting() -> str:
+    """The variables that say how threads wait."""
+    found = [
+        f"{name}={os.environ[name]}" for name in (SPIN_COUNT, WAIT_POLICY) if name in os.environ
+    ]
+    return ", ".join(found) or f"neither {SPIN_COUNT} nor {WAIT_POLICY} is set"
