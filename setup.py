@@ -8,9 +8,13 @@ from pathlib import Path
 from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 from distutils.command.install_data import install_data  # isort: skip
 
+# Without AVX-512, vectors of 16 floats go through memory. Written by 16 bytes, as gcc does alone,
+# and read by 32, each waits for its write: the S2 activation took twice as long.
+MOVES = ("-mmove-max=256", "-mstore-max=256")
 KERNELS = Path("fairchem_equiformer/ops/native")
 
 
@@ -49,7 +53,18 @@ class BuildKernels(build_ext):
             extra_postargs=[f"-Wl,-soname,{name}"],
         )
         ext.library_dirs.append(str(folder))
+        ext.extra_compile_args += [flag for flag in MOVES if self.takes(flag, empty)]
         super().build_extension(ext)
+
+    def takes(self, flag: str, source: Path) -> bool:
+        """Whether the compiler knows a flag."""
+        try:
+            self.compiler.compile(
+                [str(source)], output_dir=self.build_temp, extra_postargs=["-Werror", flag]
+            )
+        except CompileError:
+            return False
+        return True
 
 
 class WheelForEveryPython(bdist_wheel):
