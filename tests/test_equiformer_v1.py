@@ -15,7 +15,7 @@ from torch import Tensor
 from fairchem_equiformer.calculator import EquiformerCalculator
 from fairchem_equiformer.graph.build import build_graph
 from fairchem_equiformer.models import Equiformer
-from fairchem_equiformer.nn.irreps.activation import Gate, normalized_sigmoid, normalized_silu
+from fairchem_equiformer.nn.irreps.activation import Gate, Normalized
 from fairchem_equiformer.nn.irreps.linear import IrrepsLinear
 from fairchem_equiformer.nn.irreps.norm import IrrepsLayerNorm
 from fairchem_equiformer.nn.irreps.tensor_product import TensorProduct
@@ -356,7 +356,9 @@ class TestInitialization:
         for part in blocks(out, product.irreps_out):
             assert part.square().mean().item() == pytest.approx(1, abs=0.25)
 
-    @pytest.mark.parametrize("function", [normalized_silu, normalized_sigmoid])
+    @pytest.mark.parametrize(
+        "function", [Normalized(torch.nn.functional.silu), Normalized(torch.sigmoid)]
+    )
     def test_second_moments_are_one(self, function):
         nodes, weights = np.polynomial.hermite_e.hermegauss(100)
         values = function(torch.from_numpy(nodes)).square()

@@ -92,18 +92,51 @@ class Equiformer(Model):
         Raises:
             StructureError: for bad input, a ValueError that names structure and value.
         """
-        keep_freed_memory()
         if not self.config.gradient_forces:
-            return self._predict(self._graph(data))
+            return self._predict(self.read(data))
         predict = partial(self._predict, twice=torch.is_grad_enabled())
         stress = self.config.regress_stress
-        return with_derivatives(self._graph, predict, data, stress=stress)
+        return with_derivatives(self.read, predict, data, stress=stress)
 
-    def _graph(self, data: Any) -> EdgeGraph:
+    @property
+    def base(self) -> Equiformer:
+        """What reads batches: this model itself."""
+        return self
+
+    def read(self, data: Any) -> EdgeGraph:
+        """The graph of a batch; arguments and errors as of :meth:`forward`."""
+        keep_freed_memory()
         return build_graph(data, self.config.graph(otf=self.otf_graph))
 
-    def _predict(self, graph: EdgeGraph, *, twice: bool = False) -> dict[str, Tensor]:
-        """What is no derivative; ``twice`` as of IrrepsEdges."""
+    def edges_at_once(self, device: torch.device) -> int:
+        """Edges of a chunk whose tensor products, of which a message has two, fit a budget."""
+        width = 2 * self.edge_degree_embedding.product.irreps_out.dim
+        fitting = fitting_edges(width, self.norm.weight.dtype, device)
+        return self.config.edges_per_chunk or fitting
+
+    def of_graph(
+        self,
+        graph: EdgeGraph,
+        data: Any = None,  # noqa: ARG002
+        *,
+        chunk_table: Tensor | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """As :meth:`forward`, all edges at once: for a compiler, which sees no chunks.
+
+        Raises:
+            ValueError: if forces are the energy's derivative.
+        """
+        if self.config.gradient_forces:
+            raise ValueError(
+                "forces that are the energy's derivative by the positions do not follow from a"
+                " graph: direct_forces must be True, or regress_forces False"
+            )
+        return self._predict(graph, at_once=True)
+
+    def _predict(
+        self, graph: EdgeGraph, *, twice: bool = False, at_once: bool = False
+    ) -> dict[str, Tensor]:
+        """What is no derivative; ``twice`` and ``at_once`` as of irreps_edges."""
         config = self.config
         share = self.node_share(graph)
         if share is not None and config.gradient_forces:
@@ -116,8 +149,9 @@ class Equiformer(Model):
             config.irreps("irreps_sh"),
             self.distance_expansion,
             self.norm.weight.dtype,
-            max_edges=self._max_edges(),
+            max_edges=self.edges_at_once(graph.vector.device),
             twice=twice,
+            at_once=at_once,
             smooth_within=config.max_radius if config.smooth_cutoff else None,
             share=share,
         )
@@ -130,12 +164,6 @@ class Equiformer(Model):
         for name, head in self.vector_heads.items():
             out[name] = of_all_atoms(head(x, edges), edges.share)
         return out
-
-    def _max_edges(self) -> int:
-        """Edges of a chunk whose tensor products, of which a message has two, fit a budget."""
-        weight = self.norm.weight
-        width = 2 * self.edge_degree_embedding.product.irreps_out.dim
-        return self.config.edges_per_chunk or fitting_edges(width, weight.dtype, weight.device)
 
     def _embed(self, graph: EdgeGraph, edges: IrrepsEdges) -> Tensor:
         """What the blocks start from: [rows, irreps.dim]."""

@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.models.dens import is_denoising
+from fairchem_equiformer.models.equiformer_v1 import Equiformer
 from fairchem_equiformer.models.equiformer_v2 import EquiformerV2
 from fairchem_equiformer.models.hydra import EquiformerV2Hydra
 from fairchem_equiformer.ops.segments import table_of, target_chunks
@@ -35,10 +36,10 @@ class OnGraph(nn.Module):
     """A model whose arguments are what :meth:`inputs` makes of a batch.
 
     Args:
-        model: flat, or with heads by name. Shared, not copied.
+        model: flat, or with heads by name; for export alone, Equiformer (V1). Shared, not copied.
     """
 
-    def __init__(self, model: EquiformerV2 | EquiformerV2Hydra) -> None:
+    def __init__(self, model: EquiformerV2 | EquiformerV2Hydra | Equiformer) -> None:
         super().__init__()
         self.model = model
 
@@ -71,6 +72,8 @@ class OnGraph(nn.Module):
         counts = {"target_ptr": atoms + 1, "natoms": Dim("structures"), "chunks": Dim("chunks")}
         counts |= dict.fromkeys(_OF_ATOMS, atoms)
         sizes = {name: {0: counts.get(name, edges)} for name in inputs}
+        if isinstance(self.model, Equiformer):  # Dynamo does not understand e3nn's irreps
+            return export(self, (), inputs, dynamic_shapes=sizes, strict=False)
         return export(self, (), inputs, dynamic_shapes=sizes)
 
     def forward(

@@ -25,10 +25,10 @@ from e3nn import o3
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops import native
+from fairchem_equiformer.ops import library, native
 from fairchem_equiformer.ops.native import DepthwiseKernels
 from fairchem_equiformer.ops.segments import take
-from fairchem_equiformer.so3.depthwise import DepthwisePaths
+from fairchem_equiformer.so3.depthwise import DepthwisePaths, depthwise_paths
 
 
 class Ends(NamedTuple):
@@ -66,16 +66,44 @@ def depthwise_tensor_product(
     _check(x, harmonics, weights, paths)
     rows: tuple[Tensor, ...] = x[:2] if isinstance(x, Ends) else (x,)
     index: Index = x[2:] if isinstance(x, Ends) else (None,)
-    kernels = native.depthwise_kernels(paths, *rows, harmonics, weights)
+    kernels = None
+    if not torch.compiler.is_compiling():  # which sees PyTorch's operations alone
+        kernels = native.depthwise_kernels(paths, *rows, harmonics, weights)
     if kernels is not None and not channels_last:
         rows = tuple(to_channels_last(part, paths.irreps_in) for part in rows)
-    with torch.autocast(harmonics.device.type, enabled=False):
-        matrices = harmonics @ paths.couplings(harmonics.dtype, harmonics.device)
+    matrices = _matrices(harmonics, paths)
     if kernels is None:
         summed = _sum_of_rows(rows, index)
         return _product(summed, matrices, weights, paths, channels_last=channels_last)
     out: Tensor = _Product.apply(kernels, index, matrices, weights, *rows)
     return out if channels_last else from_channels_last(out, paths.irreps_out)
+
+
+def _matrices(harmonics: Tensor, paths: DepthwisePaths) -> Tensor:
+    """Of each path [E, sum over paths of dim_c dim_a]; in a compiled graph not differentiable."""
+    if torch.compiler.is_compiling():
+        found: Tensor = _operation(harmonics, *paths.names)
+        return found
+    return _contracted(harmonics, paths)
+
+
+def _contracted(harmonics: Tensor, paths: DepthwisePaths) -> Tensor:
+    with torch.autocast(harmonics.device.type, enabled=False):
+        return harmonics @ paths.couplings(harmonics.dtype, harmonics.device)
+
+
+def _named_paths(*names: str) -> DepthwisePaths:
+    return depthwise_paths(*map(o3.Irreps, names))
+
+
+_operation = library.register(
+    "depthwise_matrices",
+    "Tensor harmonics, str irreps_in, str irreps_sh, str irreps_out",
+    lambda harmonics, *names: _contracted(harmonics, _named_paths(*names)),
+    lambda harmonics, *names: harmonics.new_empty(
+        harmonics.shape[0], _named_paths(*names).coupling_slices[-1].stop
+    ),
+)
 
 
 Index = tuple[Tensor | None, ...]  # of each tensor of rows; None where every edge has its own
@@ -233,14 +261,14 @@ def _named(x: Tensor | Ends) -> list[tuple[str, Tensor, Tensor | None]]:
 
 
 def _check(x: Tensor | Ends, harmonics: Tensor, weights: Tensor, paths: DepthwisePaths) -> None:
-    edges = len(harmonics)
+    edges = harmonics.shape[0]
     wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "harmonics": (harmonics, (edges, paths.irreps_sh.dim))
     }
     for name, rows, index in _named(x):
         wanted[f"{name}features"] = (
             rows,
-            (edges if index is None else len(rows), paths.irreps_in.dim),
+            (edges if index is None else rows.shape[0], paths.irreps_in.dim),
         )
         if index is not None:
             wanted[f"indices of {name}features"] = index, (edges,)

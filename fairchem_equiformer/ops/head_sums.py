@@ -41,11 +41,11 @@ def head_sum(alpha: Tensor, x: Tensor, targets: Targets) -> Tensor:
     Returns:
         [n, heads, F].
     """
-    kernels = native.head_sum_kernels(*targets, x.shape[1], alpha, x)
+    kernels = _kernels(targets, alpha, x)
     if kernels is not None:
         out: Tensor = _Sum.apply(kernels, alpha, x)
         return out
-    atoms = len(targets.target_ptr) - 1
+    atoms = targets.target_ptr.shape[0] - 1
     sums = [segment_sum(own[:, None] * x, targets.target, atoms) for own in alpha.unbind(1)]
     return torch.stack(sums, dim=1)
 
@@ -61,12 +61,18 @@ def head_dot(x: Tensor, atoms: Tensor, targets: Targets) -> Tensor:
     Returns:
         [e, heads].
     """
-    kernels = native.head_sum_kernels(*targets, x.shape[1], atoms, x)
+    kernels = _kernels(targets, atoms, x)
     if kernels is not None:
         out: Tensor = _Dot.apply(kernels, x, atoms)
         return out
     dots = [(x * take(own, 0, targets.target)).sum(1) for own in atoms.unbind(1)]
     return torch.stack(dots, dim=1)
+
+
+def _kernels(targets: Targets, other: Tensor, x: Tensor) -> HeadSumKernels | None:
+    if torch.compiler.is_compiling():  # which sees PyTorch's operations alone
+        return None
+    return native.head_sum_kernels(*targets, x.shape[1], other, x)
 
 
 class _Sum(torch.autograd.Function):

@@ -41,6 +41,7 @@ class DepthwisePaths:
     irreps_sh: o3.Irreps  # of one channel each
     irreps_out: o3.Irreps
     paths: tuple[Path, ...]
+    names: tuple[str, str, str]  # of the irreps
 
     @cached_property
     def weight_slices(self) -> tuple[slice, ...]:
@@ -111,7 +112,8 @@ def depthwise_paths(
         paths.append(Path(a, b, order.index(ir), channels[ir]))
         channels[ir] += mul
     irreps_out = o3.Irreps([(channels[ir], ir) for ir in order])
-    return DepthwisePaths(irreps_in, irreps_sh, irreps_out, tuple(paths))
+    names = str(irreps_in), str(irreps_sh), str(irreps_out)
+    return DepthwisePaths(irreps_in, irreps_sh, irreps_out, tuple(paths), names)
 
 
 @cache

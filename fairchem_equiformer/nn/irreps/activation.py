@@ -22,14 +22,15 @@ def moment_scale(function: Callable[[Tensor], Tensor]) -> float:
     return float(normalize2mom(function).cst)
 
 
-def normalized_silu(x: Tensor) -> Tensor:
-    """SiLU of second moment one."""
-    return nn.functional.silu(x) * moment_scale(nn.functional.silu)
+class Normalized:
+    """A function scaled to a second moment of one."""
 
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function, self.scale = function, moment_scale(function)
 
-def normalized_sigmoid(x: Tensor) -> Tensor:
-    """Sigmoid of second moment one."""
-    return torch.sigmoid(x) * moment_scale(torch.sigmoid)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return self.function(x) * self.scale
 
 
 class Gate(nn.Module):
@@ -51,13 +52,14 @@ class Gate(nn.Module):
         gated = irreps_out[1:]
         self.irreps_in = o3.Irreps([(irreps_out.num_irreps, SCALAR), *gated])
         self._widths = [mul for mul, _ in gated]
+        self._silu, self._sigmoid = Normalized(nn.functional.silu), Normalized(torch.sigmoid)
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, irreps_in.dim] to [n, irreps_out.dim]."""
         scalars, *gated = blocks(x, self.irreps_in)
         kept, *gates = scalars.split([self.num_scalars, *self._widths], dim=2)
-        parts = [part * normalized_sigmoid(gate) for part, gate in zip(gated, gates, strict=True)]
-        return joined([normalized_silu(kept), *parts])
+        parts = [part * self._sigmoid(gate) for part, gate in zip(gated, gates, strict=True)]
+        return joined([self._silu(kept), *parts])
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -68,10 +68,11 @@ class MLPLogits(nn.Module):
         super().__init__()
         bound = math.sqrt(6 / (num_heads + channels))  # Glorot's
         self.dot = nn.Parameter(torch.empty(num_heads, channels).uniform_(-bound, bound))
+        self._scale = moment_scale(smooth_leaky_relu)
 
     def forward(self, scalars: Tensor, *, twice: bool) -> Tensor:
         """[E, heads * channels] to [E, heads]; ``twice`` as of IrrepsEdges."""
-        dot = self.dot * moment_scale(smooth_leaky_relu)
+        dot = self.dot * self._scale
         return attention_logits(scalars.unflatten(1, self.dot.shape), None, dot, twice=twice)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.nn.radial import envelope
 from fairchem_equiformer.ops.edges import NodeShare
+from fairchem_equiformer.ops.harmonics import spherical_harmonics
 from fairchem_equiformer.ops.over_chunks import Part, over_chunks
 from fairchem_equiformer.ops.segments import Chunk, segment_sum, target_chunks
 from fairchem_equiformer.so3.harmonics import harmonics
@@ -39,19 +40,20 @@ class IrrepsEdges:
     @property
     def num_edges(self) -> int:
         """Number of edges, E."""
-        return len(self.source)
+        return self.source.shape[0]
 
     @property
     def degree(self) -> Tensor:
         """Number of edges of each atom, or the sum of their envelopes [rows]."""
         if self.envelope is not None:
             return segment_sum(self.envelope, self.target, self.num_rows)
-        return torch.bincount(self.target, minlength=self.num_rows).to(self.basis.dtype)
+        bounds = torch.arange(self.num_rows + 1, device=self.target.device)
+        return torch.searchsorted(self.target.contiguous(), bounds).diff().to(self.basis.dtype)
 
     @property
     def num_rows(self) -> int:
         """Number of atoms whose features are computed here."""
-        return len(self.batch)
+        return self.batch.shape[0]
 
     def rows_of(self, per_atom: Tensor) -> Tensor:
         """Entries of a tensor [N, ...] for the atoms computed here."""
@@ -76,7 +78,7 @@ class IrrepsEdges:
             function, edges, rows, parameters: of :func:`over_chunks`.
             sources: [N, ...], features of all atoms; [1, ...] where they are all the same.
         """
-        source = self.source if len(sources) > 1 else torch.zeros_like(self.source)
+        source = self.source if sources.shape[0] > 1 else torch.zeros_like(self.source)
         if self.twice:
             part = Part(sources, source, self.target, tuple(edges), tuple(rows), self.num_rows)
             return function(part)
@@ -94,6 +96,7 @@ def irreps_edges(
     *,
     max_edges: int,
     twice: bool = False,
+    at_once: bool = False,
     smooth_within: float | None = None,
     share: NodeShare | None = None,
 ) -> IrrepsEdges:
@@ -106,23 +109,36 @@ def irreps_edges(
         dtype: of the features.
         max_edges: of a chunk.
         twice: see :class:`IrrepsEdges`.
+        at_once: no chunks, either; the host then reads nothing of the graph.
         smooth_within: Angstrom, the cutoff at which edges' weights go to zero, if they do.
         share: the atoms whose features are computed here, by default all.
     """
     rows = slice(0, graph.num_nodes) if share is None else share.rows
-    pointers = graph.target_ptr[rows.start : rows.stop + 1].cpu()  # the host waits for a GPU once
-    kept = slice(int(pointers[0]), int(pointers[-1]))
+    chunks: tuple[Chunk, ...] = ()
+    kept = slice(0, graph.num_edges)
+    if not at_once:
+        pointers = graph.target_ptr[rows.start : rows.stop + 1].cpu()  # the host waits once
+        kept = slice(int(pointers[0]), int(pointers[-1]))
+        if not twice:
+            chunks = target_chunks(pointers - kept.start, max_edges, rows.start)
     distance = graph.distance[kept].to(dtype)
     return IrrepsEdges(
         source=graph.source[kept],
         target=graph.target[kept] - rows.start,
         basis=expansion(distance),
-        harmonics=harmonics(graph.vector[kept], irreps_sh.lmax).to(dtype),
+        harmonics=_harmonics(graph.vector[kept], irreps_sh.lmax).to(dtype),
         batch=graph.batch[rows],
         num_graphs=graph.num_graphs,
         rows=rows,
-        chunks=() if twice else target_chunks(pointers - kept.start, max_edges, rows.start),
-        twice=twice,
+        chunks=chunks,
+        twice=twice or at_once,
         envelope=None if smooth_within is None else envelope(distance / smooth_within, 6),
         share=share,
     )
+
+
+def _harmonics(vector: Tensor, lmax: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        degrees = range(lmax + 1)
+        return spherical_harmonics(degrees, vector, normalize=True, normalization="component")
+    return harmonics(vector, lmax)

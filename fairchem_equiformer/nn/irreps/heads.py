@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from fairchem_equiformer.nn.irreps.activation import normalized_silu
+from fairchem_equiformer.nn.irreps.activation import Normalized
 
 
 class ScalarHead(nn.Module):
@@ -23,13 +23,14 @@ class ScalarHead(nn.Module):
         self.channels = channels
         self.linear_1 = nn.Linear(channels, channels)
         self.linear_2 = nn.Linear(channels, 1)
+        self._silu = Normalized(nn.functional.silu)
         for layer in (self.linear_1, self.linear_2):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(channels))
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, irreps.dim] to [rows]."""
-        hidden = normalized_silu(self.linear_1(x[:, : self.channels]))
+        hidden = self._silu(self.linear_1(x[:, : self.channels]))
         # Not by a matrix of one row: its second derivative has strides that DDP warns of.
         out: Tensor = hidden @ self.linear_2.weight[0] + self.linear_2.bias
         return out

@@ -53,7 +53,7 @@ class IrrepsLinear(nn.Module):
             own = [part for part, (_, k) in zip(inputs, self.irreps_in, strict=True) if k == ir]
             bias = self.bias if ir == SCALAR else None
             once = bias if terms is None else None
-            parts.append(self._of(own, ir, once) if own else x.new_zeros(len(x), ir.dim, mul))
+            parts.append(self._of(own, ir, once) if own else x.new_zeros(x.shape[0], ir.dim, mul))
             if terms is not None and bias is not None:
                 parts[-1] = parts[-1] + (terms[:, None] * bias)[:, None]
         return joined(parts)
@@ -92,7 +92,7 @@ class IrrepsLinear(nn.Module):
         parts = []
         for mul, ir in irreps:
             if ir not in columns:
-                parts.append(sums.new_zeros(len(sums), ir.dim, mul))
+                parts.append(sums.new_zeros(sums.shape[0], ir.dim, mul))
                 continue
             weight = self.weight[str(ir)][-mul:].unflatten(0, (heads, -1))
             x = sums[:, :, columns[ir]].unflatten(2, (ir.dim, -1))
@@ -120,7 +120,7 @@ class IrrepsLinear(nn.Module):
         parts = []
         for mul, ir in self.irreps_in:
             if ir not in own:
-                parts.append(queries.new_zeros(len(queries), heads, ir.dim * mul))
+                parts.append(queries.new_zeros(queries.shape[0], heads, ir.dim * mul))
                 continue
             query = own[ir].unflatten(2, (heads, -1))
             channels = query.shape[2] * query.shape[3]
