@@ -47,6 +47,9 @@ class CountFlop(TorchDispatchMode):
 # Functions by which our kernels make products, and the FLOPs of a call by its arguments.
 KERNELS: dict[Boundary, Callable[..., int]] = {
     Boundary("ops.native.matrix_products:MatrixProducts", "run"): lambda products: products.flop,
+    Boundary("ops.native.s2_grid:GridKernels", "mlp"): lambda kernels, x, weight: (
+        2 * len(x) * kernels.shape[0] * weight.k * weight.n
+    ),
 }
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # Matrix products of our own, which some processors have better ones for.
 PRODUCTS = {"matrix_products", "pack_matrix"}
+# What needs them, and what runs where PyTorch's products are taken.
+WITH_PRODUCTS, WITHOUT_PRODUCTS = {"grid_mlp"}, {"integrate_silu"}
+OF_EITHER = PRODUCTS | WITH_PRODUCTS | WITHOUT_PRODUCTS
 
 
 class _Watched:

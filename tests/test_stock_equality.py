@@ -15,7 +15,7 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.preprocessing import AtomsToGraphs
 
 from fairchem_equiformer.ops.choice import VARIABLE
-from tests.kernels import PRODUCTS, called_kernels, with_backward
+from tests.kernels import PRODUCTS, WITH_PRODUCTS, WITHOUT_PRODUCTS, called_kernels, with_backward
 from tests.models import KEYS, NARROW, fix_roll, ours, results, stock
 from tests.structures import batch_of, single_atom, slab, slab_atoms, three_slabs
 from tests.tolerances import TOLERANCES, assert_all_close, assert_close, relative_error
@@ -120,7 +120,8 @@ def kernels_of(**changes: Any) -> set[str]:
         names.append("s2_activation")
     if keys["use_grid_mlp"]:
         names += ["silu_samples", "integrate_silu"]
-    return with_backward(*names) | PRODUCTS
+    made = with_backward(*names) | PRODUCTS
+    return made - WITHOUT_PRODUCTS | WITH_PRODUCTS if keys["use_grid_mlp"] else made
 
 
 @pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops import library, triton
 from fairchem_equiformer.ops.linear import add_product, product
-from fairchem_equiformer.ops.native import GridKernels, grid_kernels
+from fairchem_equiformer.ops.native import GridKernels, grid_kernels, pack, product_kernels
 from fairchem_equiformer.ops.s2_activation import grid_pieces, project
 from fairchem_equiformer.so3.grid import GRID_SCHEMA, Grid, GridSpec
 
@@ -41,6 +41,9 @@ def _forward(x: Tensor, weight: Tensor, grid: Grid, made: _Kernels) -> Tensor:
     if made.on_gpu is not None:
         return made.on_gpu.forward(x, weight)
     kernels = made.on_cpu
+    own = None if kernels is None else product_kernels(x, weight, widths=weight.shape)
+    if kernels is not None and own is not None:
+        return kernels.mlp(x, pack(own, weight.t()))
     y = x.new_empty(len(x), grid.from_grid.shape[1], len(weight))
     for piece in _pieces(x, grid):
         if kernels is not None:

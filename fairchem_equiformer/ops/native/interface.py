@@ -189,6 +189,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "silu_samples_backward": (None, (_GRID, _F, _N, _F, _F, _N, _N, _THREADS)),
     "integrate_silu": (None, (_GRID, _F, _F, _N, _N, _THREADS)),
     "integrate_silu_backward": (None, (_GRID, _F, _F, _N, _F, _N, _N, _THREADS)),
+    "grid_mlp": (None, (_GRID, _F, _N, _F, _F, _N, _F, _N, _N, _THREADS)),
     # radial.cpp
     "gaussians_misfit": (c_char_p, (_GAUSSIANS, _N)),
     "gaussians_times": (None, (_GAUSSIANS, _F, _F, _N, _TABLES, _F, _N, _THREADS)),

@@ -4,27 +4,9 @@
 // registers while a row of B and a column of A are multiplied into it. B is read in panels of
 // columns, which pack_matrix lays out one after the other.
 
+#include "matrix_products.h"
+
 #include "simd.h"
-
-extern "C" {
-
-// Row i of A begins at a + i * a_row, and its k-th number is a_column further each time.
-struct MatrixProduct {
-  const float* a;
-  const float* plus;  // null, or added to A; both with dense rows, which lie alike
-  float* sum;         // [rows, k], where A + plus goes
-  const float* b;     // packed, or [k, n] at rows b_row apart
-  const float* bias;  // [n], or null
-  float* c;           // [rows, n] at rows c_row apart
-  float* also;        // null, or gets (or is added) the same as c; rows c_row apart
-  int64_t rows, n, k, a_row, a_column;
-  int64_t b_row;  // 0 where B is packed
-  int64_t c_row;
-  int64_t accumulate;  // whether C is added to
-  float sign;
-};
-
-}
 
 namespace {
 
@@ -154,7 +136,7 @@ __attribute__((target("arch=x86-64-v4"))) void some_rows_with_avx512(const Matri
 #endif
 
 // Right anywhere, and fast nowhere: fewer registers hold no tile.
-void some_rows_anywhere(const MatrixProduct& p, int64_t first, int64_t last) {
+static void some_rows_anywhere(const MatrixProduct& p, int64_t first, int64_t last) {
   some_rows_by<1>(p, first, last);
 }
 
@@ -168,12 +150,16 @@ INLINE bool has_avx512() {
 #endif
 }
 
-INLINE void some_rows(const MatrixProduct& p, int64_t first, int64_t last) {
+}  // namespace
+
+HIDDEN void product_rows(const MatrixProduct& p, int64_t first, int64_t last) {
 #if defined(__x86_64__) && !defined(__clang__)
   if (has_avx512()) return some_rows_with_avx512(p, first, last);
 #endif
   some_rows_anywhere(p, first, last);
 }
+
+namespace {
 
 // The panel of V vectors of columns from `column`.
 template <int V>
@@ -218,7 +204,7 @@ void matrix_products(const MatrixProduct* products, int64_t count, int threads) 
     const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
     for (int64_t i = 0; i < count; i++) {
       const int64_t rows = products[i].rows;
-      some_rows(products[i], rows * thread / all, rows * (thread + 1) / all);
+      product_rows(products[i], rows * thread / all, rows * (thread + 1) / all);
     }
   }
 }

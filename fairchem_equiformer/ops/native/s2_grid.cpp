@@ -6,6 +6,7 @@
 // mirror image south of the equator, or at a longitude and the one it is paired with, and what is
 // opposite there (so3/grid.py). A block of points is all that is ever held.
 
+#include "matrix_products.h"
 #include "simd.h"
 
 namespace {
@@ -511,6 +512,31 @@ void integrate_silu_backward(const Grid* grid, const float* samples, const float
   share(items, threads, [&](int64_t first, int64_t last) {
     integrate_items_backward(*grid, samples, y_grad, grad_stride, samples_grad, channels, first,
                              last);
+  });
+}
+
+// G^-1 SiLU(W SiLU(G x)), item by item: of the points, a thread holds those of one.
+// W is packed, buffers [threads, 2, points, channels], y contiguous.
+void grid_mlp(const Grid* grid, const float* x, int64_t x_stride, const float* weight,
+              float* buffers, int64_t points, float* y, int64_t items, int64_t channels,
+              int threads) {
+  const int64_t size = points * channels;
+  share(items, threads, [&](int64_t first, int64_t last) {
+    float* samples = buffers + omp_get_thread_num() * 2 * size;
+    float* mixed = samples + size;
+    MatrixProduct product = {};
+    product.a = samples;
+    product.b = weight;
+    product.c = mixed;
+    product.rows = points;
+    product.n = product.k = product.a_row = product.c_row = channels;
+    product.a_column = 1;
+    product.sign = 1;
+    for (int64_t i = first; i < last; i++) {
+      sample_items(*grid, x + i * x_stride, x_stride, samples, channels, 0, 1);
+      product_rows(product, 0, points);
+      integrate_items(*grid, mixed, y + i * grid->out.rows * channels, channels, 0, 1);
+    }
   });
 }
 }

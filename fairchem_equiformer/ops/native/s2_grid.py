@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fairchem_equiformer.ops.native.interface import Floats, GridStruct, Indices, LatitudesStruct
 from fairchem_equiformer.ops.native.loader import dense_items, fits, usable
+from fairchem_equiformer.ops.native.matrix_products import Packed
 from fairchem_equiformer.so3.grid import Grid, GridFactors, LatitudeFactor
 
 
@@ -86,6 +87,14 @@ class GridKernels:
         samples, grad = samples.contiguous(), dense_items(grad)
         out = torch.empty_like(samples)
         self._call("integrate_silu_backward", samples, samples, grad, grad.stride(0), out)
+        return out
+
+    def mlp(self, x: Tensor, weight: Packed) -> Tensor:
+        """G^-1 SiLU(W SiLU(G x)): [B, S, C]; W [C, C] as a product takes it, see ``pack``."""
+        x, (points, rows) = dense_items(x), self.shape
+        out = x.new_empty(len(x), rows, weight.n)
+        buffers = x.new_empty(torch.get_num_threads(), 2, points, weight.n)
+        self._call("grid_mlp", x, x, x.stride(0), weight.panels, buffers, points, out)
         return out
 
 

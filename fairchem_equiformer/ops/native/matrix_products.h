@@ -1,0 +1,29 @@
+// Matrix products; matrix_products.cpp says how.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// Row i of A begins at a + i * a_row, and its k-th number is a_column further each time.
+struct MatrixProduct {
+  const float* a;
+  const float* plus;  // null, or added to A; both with dense rows, which lie alike
+  float* sum;         // [rows, k], where A + plus goes
+  const float* b;     // packed, or [k, n] at rows b_row apart
+  const float* bias;  // [n], or null
+  float* c;           // [rows, n] at rows c_row apart
+  float* also;        // null, or gets (or is added) the same as c; rows c_row apart
+  int64_t rows, n, k, a_row, a_column;
+  int64_t b_row;  // 0 where B is packed
+  int64_t c_row;
+  int64_t accumulate;  // whether C is added to
+  float sign;
+};
+
+}
+
+#define HIDDEN __attribute__((visibility("hidden")))  // from who loads the library
+
+// Rows of C from `first` to `last`.
+HIDDEN void product_rows(const MatrixProduct& product, int64_t first, int64_t last);
