@@ -13,6 +13,13 @@ from hypothesis import strategies as st
 from fairchem_equiformer.ops.choice import VARIABLE
 from fairchem_equiformer.ops.linear import add_product, linear, product
 from fairchem_equiformer.ops.native import MatrixProducts, loader, pack, product_kernels
+from fairchem_equiformer.ops.radial import (
+    EdgeScalars,
+    GaussianBasis,
+    RadialTables,
+    RadialWeights,
+    radial_function,
+)
 from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
 from fairchem_equiformer.ops.so2_packed import PackedSO2Weights
 from fairchem_equiformer.ops.so3_linear import so3_linear
@@ -163,6 +170,21 @@ def test_linear(rows, k, n, bias, seed):
     assert called == PRODUCTS
     for ours, exactly in zip(found, differentiated(F.linear, torch.float64), strict=True):
         assert_close(ours, exactly, "product")
+
+
+@pytest.mark.parametrize("edges", [0, 1, 50])
+def test_radial_function_that_nobody_differentiates_is_two_calls(edges):
+    draw = draws(edges)
+    shapes = [(9, 8), (9, 8), (32, 50 + 16), *[(32,)] * 3, (32, 32), *[(32,)] * 3, (48, 32), (48,)]
+    weights = RadialWeights(*(draw(*shape) / 4 for shape in shapes))
+    basis = GaussianBasis(torch.linspace(0, 12, 50), -8.0)
+    elements = [torch.randint(9, (edges,)) for _ in range(2)]
+    scalars = EdgeScalars(12 * torch.rand(edges), *elements)
+    tables = RadialTables.of(weights)
+    with torch.no_grad(), called_kernels() as called:
+        found = radial_function(scalars, tables, basis)
+    assert called == {"gaussians_times", *PRODUCTS}
+    assert_close(found, radial_function(scalars, tables, basis), "product", slack=2)
 
 
 def test_linear_can_be_differentiated_twice():

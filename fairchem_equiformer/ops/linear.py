@@ -42,7 +42,7 @@ def _product(kernels: ctypes.CDLL, a: Tensor, b: Packed, bias: Tensor | None = N
 
 
 @dataclass(frozen=True)
-class _PackedWeight:
+class PackedWeight:
     """A weight in the order in which our products read it, made when first asked for."""
 
     kernels: ctypes.CDLL
@@ -50,10 +50,12 @@ class _PackedWeight:
 
     @cached_property
     def forward(self) -> Packed:
+        """To multiply rows with."""
         return pack(self.kernels, self.weight.t())
 
     @cached_property
     def backward(self) -> Packed:
+        """To multiply their gradients with."""
         return pack(self.kernels, self.weight)
 
 
@@ -62,7 +64,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, packed: _PackedWeight, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, packed: PackedWeight, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.packed = packed
         ctx.save_for_backward(x, weight)
@@ -85,20 +87,24 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear:
-    """A linear layer that many chunks of rows go through, its weight packed once for all."""
+    """A linear layer that many chunks of rows go through, its weight packed once for all.
+
+    Attributes:
+        packed: the weight; None where PyTorch's products are taken.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
         parameters = (weight,) if bias is None else (weight, bias)
         kernels = product_kernels(*parameters, widths=weight.shape)
-        self._packed = None if kernels is None else _PackedWeight(kernels, weight.detach())
+        self.packed = None if kernels is None else PackedWeight(kernels, weight.detach())
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        if self._packed is None or x.dtype != self._weight.dtype:
+        if self.packed is None or x.dtype != self._weight.dtype:
             return F.linear(x, self._weight, self._bias)
         rows = x.reshape(-1, x.shape[-1])
-        out: Tensor = _Linear.apply(self._packed, rows, self._weight, self._bias)
+        out: Tensor = _Linear.apply(self.packed, rows, self._weight, self._bias)
         return out.view(*x.shape[:-1], len(self._weight))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops import library
+from fairchem_equiformer.ops import library, native
 from fairchem_equiformer.ops.linear import Linear
 from fairchem_equiformer.ops.native import (
     GaussianKernels,
@@ -269,6 +269,30 @@ def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.layer_norm(x, x.shape[1:], weight, bias, _EPSILON))
 
 
+def _later_layers_at_once(hidden: Tensor, tables: RadialTables) -> Tensor | None:
+    """All but the first layer in one call, which keeps nothing; None where it cannot be had."""
+    second, last = tables.second_layer.packed, tables.last_layer.packed
+    if torch.is_grad_enabled() or second is None or last is None:
+        return None
+    norms = norm_silu_kernels(hidden, tables.norm_1_weight, tables.norm_1_bias, _EPSILON)
+    if norms is None:
+        return None
+    between = hidden.new_empty(len(hidden), second.forward.n)
+    out = hidden.new_empty(len(hidden), last.forward.n)
+    norm_1 = norms.norm(tables.norm_1_weight, tables.norm_1_bias)
+    norm_2 = norms.norm(tables.norm_2_weight, tables.norm_2_bias)
+    read, read_again = torch.empty_like(hidden), torch.empty_like(between)
+    products = native.MatrixProducts(second.kernels)
+    products.add(
+        hidden, second.forward, between, norm=norm_1, sums=read, bias=tables.bias_2.detach()
+    )
+    products.add(
+        between, last.forward, out, norm=norm_2, sums=read_again, bias=tables.bias_3.detach()
+    )
+    products.run()
+    return out
+
+
 def radial_function(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> Tensor:
     """Two hidden layers with layer norm and SiLU on (Gaussians, source and target embedding).
 
@@ -280,6 +304,9 @@ def radial_function(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> T
     if tables.slope is not None and tables.shift is not None and tables.height is not None:
         basis = LearnedGaussians(tables.slope, tables.shift, tables.height)
     hidden = _first_layer(edges, tables, basis)
+    out = _later_layers_at_once(hidden, tables)
+    if out is not None:
+        return out
     hidden = _norm_silu(hidden, tables.norm_1_weight, tables.norm_1_bias)
     hidden = tables.second_layer(hidden)
     hidden = _norm_silu(hidden, tables.norm_2_weight, tables.norm_2_bias)

@@ -132,7 +132,7 @@ class MatrixProductStruct(ctypes.Structure):
     """``struct MatrixProduct`` of matrix_products.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("a", "plus", "sum", "b", "bias", "c", "also")),
+        *((name, c_void_p) for name in ("a", "plus", "norm", "sum", "b", "bias", "c", "also")),
         *((name, c_int64) for name in ("rows", "n", "k", "a_row", "a_column", "b_row", "c_row")),
         ("accumulate", c_int64),
         ("sign", c_float),

@@ -85,7 +85,7 @@ INLINE void tile_of(int64_t rows, const Arguments&... arguments) {
 // Columns from `column` of rows from `first` to `last`.
 template <int R, int V>
 INLINE void panel(const MatrixProduct& p, int64_t column, int64_t first, int64_t last) {
-  const bool packed = p.b_row == 0, summed = p.plus != nullptr;
+  const bool packed = p.b_row == 0, summed = p.plus || p.norm;
   const float* b = p.b + column * (packed ? p.k : 1);
   const int64_t b_row = packed ? V * LANES : p.b_row;
   const float* a = summed ? p.sum : p.a;
@@ -153,6 +153,7 @@ INLINE bool has_avx512() {
 }  // namespace
 
 HIDDEN void product_rows(const MatrixProduct& p, int64_t first, int64_t last) {
+  if (p.norm) norm_silu_rows(*p.norm, p.k, p.a, p.sum, first, last);
 #if defined(__x86_64__) && !defined(__clang__)
   if (has_avx512()) return some_rows_with_avx512(p, first, last);
 #endif

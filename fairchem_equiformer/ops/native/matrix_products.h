@@ -3,13 +3,16 @@
 
 #include <cstdint>
 
+#include "norm.h"
+
 extern "C" {
 
 // Row i of A begins at a + i * a_row, and its k-th number is a_column further each time.
 struct MatrixProduct {
   const float* a;
   const float* plus;  // null, or added to A; both with dense rows, which lie alike
-  float* sum;         // [rows, k], where A + plus goes
+  const Norm* norm;   // null, or A, [rows, k] dense, goes through this layer norm and SiLU
+  float* sum;         // [rows, k], where A + plus or SiLU(norm(A)) goes
   const float* b;     // packed, or [k, n] at rows b_row apart
   const float* bias;  // [n], or null
   float* c;           // [rows, n] at rows c_row apart
@@ -24,6 +27,10 @@ struct MatrixProduct {
 }
 
 #define HIDDEN __attribute__((visibility("hidden")))  // from who loads the library
+
+// SiLU of the layer norm of x [., channels], rows from `first` to `last`.
+HIDDEN void norm_silu_rows(const Norm& norm, int64_t channels, const float* x, float* out,
+                           int64_t first, int64_t last);
 
 // Rows of C from `first` to `last`.
 HIDDEN void product_rows(const MatrixProduct& product, int64_t first, int64_t last);

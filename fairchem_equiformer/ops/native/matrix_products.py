@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairchem_equiformer.ops.choice import chosen
-from fairchem_equiformer.ops.native.interface import Floats, MatrixProductStruct
+from fairchem_equiformer.ops.native.interface import Floats, MatrixProductStruct, NormStruct
 from fairchem_equiformer.ops.native.loader import usable
 
 _LANES = 16
@@ -45,7 +45,7 @@ class MatrixProducts:
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self._kernels = kernels
         self._products: list[MatrixProductStruct] = []
-        self._tensors: list[Tensor | None] = []  # must outlive the call
+        self._kept: list[Any] = []  # must outlive the call
 
     def add(
         self,
@@ -54,6 +54,7 @@ class MatrixProducts:
         out: Tensor,
         *,
         plus: Tensor | None = None,
+        norm: NormStruct | None = None,
         sums: Tensor | None = None,
         also: Tensor | None = None,
         bias: Tensor | None = None,
@@ -67,7 +68,9 @@ class MatrixProducts:
             b: [k, n], packed or with dense rows.
             out: [rows, n], with dense rows.
             plus: [rows, k], of the strides of ``a``, both with dense rows.
-            sums: [rows, k] dense, where ``a + plus`` is written.
+            norm: ``a`` [rows, k], dense, goes through this layer norm and SiLU, see
+                ``norm_silu_kernels``.
+            sums: [rows, k] dense, where ``a + plus``, or what ``norm`` makes, is written.
             also: [rows, n], of the strides of ``out``: a second result.
             bias: [n].
             sign: 1 or -1.
@@ -83,10 +86,11 @@ class MatrixProducts:
         matrix = b.panels if isinstance(b, Packed) else b
         b_row = 0 if isinstance(b, Packed) else b.stride(0)
         rows, k = a.shape
-        tensors = (a, plus, sums, matrix, bias, out, also)
-        self._tensors += tensors
+        self._kept += (a, plus, norm, sums, matrix, bias, out, also)
+        before, after = map(_address, (a, plus)), map(_address, (sums, matrix, bias, out, also))
+        through = None if norm is None else ctypes.addressof(norm)
         sizes = (rows, out.shape[1], k, *a.stride(), b_row, out.stride(0), accumulate, sign)
-        self._products.append(MatrixProductStruct(*map(_address, tensors), *sizes))
+        self._products.append(MatrixProductStruct(*before, through, *after, *sizes))
 
     @property
     def flop(self) -> int:

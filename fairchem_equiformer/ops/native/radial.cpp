@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "matrix_products.h"
 #include "norm.h"
 
 namespace {
@@ -172,6 +173,11 @@ FOR_EVERY_CPU void some_norm_silu_backward(const Norm& norm, int64_t channels, c
 }
 
 }  // namespace
+
+HIDDEN void norm_silu_rows(const Norm& norm, int64_t channels, const float* x, float* out,
+                           int64_t first, int64_t last) {
+  some_norm_silu(norm, channels, x, out, first, last);
+}
 
 extern "C" {
 

@@ -118,7 +118,7 @@ class NormSiLUKernels:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """[B, C]."""
-        x, norm = x.contiguous(), self._norm(weight, bias)
+        x, norm = x.contiguous(), self.norm(weight, bias)
         out = torch.empty_like(x)
         self.kernels.layer_norm_silu(norm, x.shape[1], x, out, len(x), torch.get_num_threads())
         return out
@@ -128,7 +128,7 @@ class NormSiLUKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, weight and bias."""
         x, grad = x.contiguous(), grad.contiguous()
-        norm = self._norm(weight, bias)
+        norm = self.norm(weight, bias)
         blocks = -(-len(x) // self.kernels.norm_block())
         x_grad, sums = torch.empty_like(x), x.new_zeros(blocks, 2, x.shape[1])
         self.kernels.layer_norm_silu_backward(
@@ -137,7 +137,8 @@ class NormSiLUKernels:
         weight_grad, bias_grad = sums.sum(0)
         return x_grad, weight_grad, bias_grad
 
-    def _norm(self, weight: Tensor, bias: Tensor) -> NormStruct:
+    def norm(self, weight: Tensor, bias: Tensor) -> NormStruct:
+        """Weight and bias, which must outlive it."""
         return NormStruct(Floats.address(weight), Floats.address(bias), self.epsilon)
 
 
