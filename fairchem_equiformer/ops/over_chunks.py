@@ -119,11 +119,21 @@ class _OverChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         source, target, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        totals = [torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
+        totals = _room(ctx.call, tensors, wanted)
         for chunk in ctx.call.chunks:
             found = _differentiate(ctx.call, chunk, source, target, tensors, wanted, grad)
             _add(ctx.call, chunk, source, totals, found)
         return None, None, *totals
+
+
+def _room(call: _Call, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Where gradients of what chunks read are written; those of parameters are there later."""
+    room: list[Tensor | None] = [None] * len(tensors)
+    for place in range(call.num_data):
+        if wanted[place]:
+            make = torch.empty_like if place else torch.zeros_like  # each edge and row has one
+            room[place] = make(tensors[place])
+    return room
 
 
 def _differentiate(
@@ -151,14 +161,17 @@ def _add(
     call: _Call,
     chunk: Chunk,
     source: Tensor,
-    totals: Sequence[Tensor | None],
+    totals: list[Tensor | None],
     found: Sequence[Tensor | None],
 ) -> None:
     """Add one chunk's gradients to those of all."""
-    for place, (total, part) in enumerate(zip(totals, found, strict=True)):
-        if total is None or part is None:
+    for place, part in enumerate(found):
+        total = totals[place]
+        if part is None:
             continue
-        if place == 0:
+        if total is None:
+            totals[place] = part.clone()  # of a parameter, by the first chunk
+        elif place == 0:
             add_rows(total, source[chunk.edges], part)
         elif place <= call.num_edge_tensors:
             total[chunk.edges] = part

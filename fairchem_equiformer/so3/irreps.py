@@ -18,11 +18,12 @@ SCALAR = o3.Irrep(0, 1)
 
 
 def blocks(x: Tensor, irreps: o3.Irreps) -> list[Tensor]:
-    """Each irrep of features [n, irreps.dim]: views [n, 2l + 1, channels]."""
-    return [
-        x[:, columns].unflatten(1, (ir.dim, mul))
-        for (mul, ir), columns in zip(irreps, irreps.slices(), strict=True)
-    ]
+    """Each irrep of features [n, irreps.dim]: views [n, 2l + 1, channels].
+
+    Taken in one operation, whose gradient is written once; that of each slice has the size of all.
+    """
+    parts = x.split([mul * ir.dim for mul, ir in irreps], dim=1)
+    return [part.unflatten(1, (ir.dim, mul)) for part, (mul, ir) in zip(parts, irreps, strict=True)]
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:

@@ -135,8 +135,9 @@ class NonLinearMessage(Message):
         twice: bool,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Message`."""
-        logits = self.logits(self.alpha(m), twice=twice)
-        return logits, self.product(self.gate(self.linear(m)), harmonics)
+        parts = blocks(m, self.linear.irreps_in)
+        logits = self.logits(self.alpha.of_blocks(parts), twice=twice)
+        return logits, self.product(self.gate(self.linear.of_blocks(parts)), harmonics)
 
 
 class LinearMessage(Message):

@@ -47,12 +47,19 @@ class IrrepsLinear(nn.Module):
             terms: [n], of how many rows each is the sum: so many times the bias is added. By
                 default once.
         """
-        inputs = blocks(x, self.irreps_in)
+        return self.of_blocks(blocks(x, self.irreps_in), terms)
+
+    def of_blocks(self, inputs: list[Tensor], terms: Tensor | None = None) -> Tensor:
+        """As :meth:`forward`, of the input's irreps [n, 2l + 1, channels], which others read too.
+
+        The gradients of all readers are then added up irrep by irrep.
+        """
         parts = []
         for mul, ir in self.irreps_out:
             own = [part for part, (_, k) in zip(inputs, self.irreps_in, strict=True) if k == ir]
             bias = self.bias if ir == SCALAR else None
             once = bias if terms is None else None
+            x = inputs[0]
             parts.append(self._of(own, ir, once) if own else x.new_zeros(x.shape[0], ir.dim, mul))
             if terms is not None and bias is not None:
                 parts[-1] = parts[-1] + (terms[:, None] * bias)[:, None]
