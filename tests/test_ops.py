@@ -18,7 +18,7 @@ from fairchem_equiformer.nn.norm import NORMS
 from fairchem_equiformer.ops import s2_activation as s2_module
 from fairchem_equiformer.ops.edge_attention import AttentionSpec, AttentionWeights, edge_attention
 from fairchem_equiformer.ops.edge_degree import edge_degree_embedding
-from fairchem_equiformer.ops.edges import NodeShare, chunk_frames
+from fairchem_equiformer.ops.edges import NodeShare, chunk_frames, fitting_edges
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.radial import (
@@ -836,3 +836,11 @@ def test_touch_gives_unused_parameters_a_gradient_of_zero():
     out.sum().backward()
     assert torch.equal(used.grad, x.detach())
     assert torch.equal(unused.grad, torch.zeros(3, dtype=DOUBLE))
+
+
+def test_chunks_grow_with_threads(monkeypatch):
+    found = []
+    for threads in (1, 2, 8, 16, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(fitting_edges(1000, torch.float32, torch.device("cpu")))
+    assert found == [1572, 1572, 6291, 12582, 12582]

@@ -108,7 +108,7 @@ class ModelConfig(Keys):
     # Keep only the blocks' inputs for the backward pass. Fairchem's flat model lacks this key.
     activation_checkpoint: bool = False
     # The keys from here on are not fairchem's.
-    # Edges worked on at a time, by default as many as fit the processor's cache (CPU) or 256 MiB
+    # Edges worked on at a time, by default 3 MiB a thread (CPU) or 256 MiB
     # (GPU). Fewer need less memory; the results are the same.
     edges_per_chunk: int | None = None
     use_tag_embedding: bool = False  # of data.tags: 0 bulk, 1 surface, 2 adsorbate

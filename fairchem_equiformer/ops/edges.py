@@ -14,8 +14,10 @@ from fairchem_equiformer.ops.segments import Chunk, chunks_of
 from fairchem_equiformer.so3.layout import Layout, layout
 from fairchem_equiformer.so3.wigner import expand_rotations
 
-# Bytes of the rotated message input of one chunk, the largest of its intermediates.
-_CPU_CHUNK_BYTES = 6 * 2**20
+# Bytes of the rotated message input of one chunk, the largest of its intermediates. A CPU's threads
+# share the chunk's edges: each has enough of them to read the weights from far for.
+_CPU_CHUNK_BYTES_PER_THREAD = 3 * 2**20
+_CPU_THREADS = range(2, 17)  # fewer count as the first, more as the last of them
 _CUDA_CHUNK_BYTES = 256 * 2**20
 
 
@@ -206,5 +208,9 @@ def edges_per_chunk(layout: Layout, channels: int, dtype: torch.dtype, device: t
 
 def fitting_edges(width: int, dtype: torch.dtype, device: torch.device) -> int:
     """Edges of which ``width`` numbers each fit the device's budget."""
-    budget = _CPU_CHUNK_BYTES if device.type == "cpu" else _CUDA_CHUNK_BYTES
+    if device.type == "cpu":
+        threads = min(max(torch.get_num_threads(), _CPU_THREADS[0]), _CPU_THREADS[-1])
+        budget = threads * _CPU_CHUNK_BYTES_PER_THREAD
+    else:
+        budget = _CUDA_CHUNK_BYTES
     return max(1, budget // (width * dtype.itemsize))
