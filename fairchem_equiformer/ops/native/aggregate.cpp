@@ -37,8 +37,9 @@ INLINE void aggregate(const Rows& rows, const float* rotations, const float* val
     for (int v = 0; v < V; v++) weight[v] = alpha[e * heads + (channel + v * LANES) / value_channels];
     const float* rotation = rotations + e * rows.entries;
     const float* from = values + e * rows.rows * channels + channel;
-    for_pairs(rows, [&](int64_t i) { turn_back<2, V>(rows, i, rotation, from, channels, weight, sum); },
-              [&](int64_t i) { turn_back<1, V>(rows, i, rotation, from, channels, weight, sum); });
+    for_rows(rows, [&](auto count, int64_t i) INLINED {
+      turn_back<count, V>(rows, i, rotation, from, channels, weight, sum);
+    });
   }
   for (int k = 0; k < rows.coefficients; k++)
     for (int v = 0; v < V; v++)
@@ -73,15 +74,10 @@ INLINE void aggregate_backward(const Rows& rows, const float* rotation, const fl
     weight[v] = alpha[(channel + v * LANES) / value_channels];
     sum[v] = Vec{};
   }
-  for_pairs(rows,
-            [&](int64_t i) {
-              turn<2, V>(rows, i, rotation, grad + channel, values + channel, channels, weight,
-                         values_grad + channel, sum);
-            },
-            [&](int64_t i) {
-              turn<1, V>(rows, i, rotation, grad + channel, values + channel, channels, weight,
-                         values_grad + channel, sum);
-            });
+  for_rows(rows, [&](auto count, int64_t i) INLINED {
+    turn<count, V>(rows, i, rotation, grad + channel, values + channel, channels, weight,
+                   values_grad + channel, sum);
+  });
   for (int v = 0; v < V; v++) {
     float total = 0;
     for (int lane = 0; lane < LANES; lane++) total += sum[v][lane];

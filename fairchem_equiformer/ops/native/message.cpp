@@ -47,10 +47,9 @@ INLINE void differentiate(const Rows& rows, int64_t i, const float* rotation, co
 template <int V>
 INLINE void message(const Rows& rows, const float* rotation, const float* x, int64_t channels,
                     const float* radial, float* out) {
-  for_pairs(
-      rows,
-      [&](int64_t i) { rotate_and_scale<2, V>(rows, i, rotation, x, channels, radial, out); },
-      [&](int64_t i) { rotate_and_scale<1, V>(rows, i, rotation, x, channels, radial, out); });
+  for_rows(rows, [&](auto count, int64_t i) INLINED {
+    rotate_and_scale<count, V>(rows, i, rotation, x, channels, radial, out);
+  });
 }
 
 template <int V>
@@ -59,14 +58,9 @@ INLINE void message_backward(const Rows& rows, const float* rotation, const floa
                              float* radial_grad, float* x_grad) {
   Vec sum[MAX_COEFFICIENTS * V];
   for (int i = 0; i < rows.coefficients * V; i++) sum[i] = Vec{};
-  for_pairs(
-      rows,
-      [&](int64_t i) {
-        differentiate<2, V>(rows, i, rotation, x, channels, radial, grad, radial_grad, sum);
-      },
-      [&](int64_t i) {
-        differentiate<1, V>(rows, i, rotation, x, channels, radial, grad, radial_grad, sum);
-      });
+  for_rows(rows, [&](auto count, int64_t i) INLINED {
+    differentiate<count, V>(rows, i, rotation, x, channels, radial, grad, radial_grad, sum);
+  });
   for (int k = 0; k < rows.coefficients; k++)
     for (int v = 0; v < V; v++) store(sum[k * V + v], x_grad + k * channels + v * LANES);
 }

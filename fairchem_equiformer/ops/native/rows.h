@@ -4,8 +4,9 @@
 #include "simd.h"
 
 constexpr int MAX_COEFFICIENTS = 81;  // (lmax + 1)^2
+constexpr int TOGETHER = 4;           // rows of a degree for which its features are read once
 
-// Rows of the edge frame, sorted by degree, so that a degree's features are read once for two.
+// Rows of the edge frame, sorted by degree, so that a degree's features are read once for several.
 struct Rows {
   const int64_t* row;     // [rows] among the rows of the layout
   const int64_t* degree;  // [rows]
@@ -22,17 +23,23 @@ INLINE const char* misfit_of_rows(const Rows& rows, int64_t channels) {
   return misfit_of_width(channels);
 }
 
-// Calls two(i) for each two rows i, i + 1 of one degree, one(i) for what remains of a degree.
-template <typename Two, typename One>
-INLINE void for_pairs(const Rows& rows, const Two& two, const One& one) {
-  for (int64_t i = 0; i < rows.rows;) {
-    if (i + 1 < rows.rows && rows.degree[i + 1] == rows.degree[i]) {
-      two(i);
-      i += 2;
-    } else {
-      one(i);
-      i += 1;
-    }
+// Calls work(R, i) for R = `count` rows, at most `Most`.
+template <int Most, typename Work>
+INLINE void for_some_rows(int64_t i, int64_t count, const Work& work) {
+  if constexpr (Most > 1) {
+    if (count < Most) return for_some_rows<Most - 1>(i, count, work);
+  }
+  work(Vectors<Most>{}, i);
+}
+
+// Calls work(R, i) for all rows: R of one degree, beginning with the i-th, at a time.
+template <typename Work>
+INLINE void for_rows(const Rows& rows, const Work& work) {
+  for (int64_t i = 0, count; i < rows.rows; i += count) {
+    count = 1;
+    while (count < TOGETHER && i + count < rows.rows && rows.degree[i + count] == rows.degree[i])
+      count++;
+    for_some_rows<TOGETHER>(i, count, work);
   }
 }
 
