@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -41,70 +41,72 @@ def _product(kernels: ctypes.CDLL, a: Tensor, b: Packed, bias: Tensor | None = N
     return out
 
 
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight in the order in which our products read it, made when first asked for."""
-
-    kernels: ctypes.CDLL
-    weight: Tensor  # [out, in]
-
-    @cached_property
-    def forward(self) -> Packed:
-        """To multiply rows with."""
-        return pack(self.kernels, self.weight.t())
-
-    @cached_property
-    def backward(self) -> Packed:
-        """To multiply their gradients with."""
-        return pack(self.kernels, self.weight)
-
-
 class _Linear(torch.autograd.Function):
     """By our own products; what is differentiated again is made by torch's."""
 
     @staticmethod
     def forward(
-        ctx: Any, packed: PackedWeight, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, layer: Linear, packed: Packed, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.packed = packed
+        ctx.layer = layer
         ctx.save_for_backward(x, weight)
-        return _product(packed.kernels, x, packed.forward, bias)
+        return _product(layer.kernels, x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        _, of_x, of_weight, of_bias = ctx.needs_input_grad
+        *_, of_x, of_weight, of_bias = ctx.needs_input_grad
         bias_grad = grad.sum(0) if of_bias else None
         if torch.is_grad_enabled():
             weight_grad = grad.t() @ x if of_weight else None
-            return None, grad @ weight if of_x else None, weight_grad, bias_grad
-        packed, weight_grad = ctx.packed, None
+            return None, None, grad @ weight if of_x else None, weight_grad, bias_grad
+        weight_grad = None
         if of_weight:
             weight_grad = torch.zeros_like(weight)
             add_product(weight_grad, grad.t(), x)
-        x_grad = _product(packed.kernels, grad, packed.backward) if of_x else None
-        return None, x_grad, weight_grad, bias_grad
+        x_grad = _product(ctx.layer.kernels, grad, ctx.layer.packed_for_grad) if of_x else None
+        return None, None, x_grad, weight_grad, bias_grad
 
 
 class Linear:
-    """A linear layer that many chunks of rows go through, its weight packed once for all.
+    """A linear layer that many chunks of rows go through.
 
     Attributes:
-        packed: the weight; None where PyTorch's products are taken.
+        kernels: that make the products; None where PyTorch's are taken.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
         parameters = (weight,) if bias is None else (weight, bias)
-        kernels = product_kernels(*parameters, widths=weight.shape)
-        self.packed = None if kernels is None else PackedWeight(kernels, weight.detach())
+        self.kernels: Any = product_kernels(*parameters, widths=weight.shape)
+
+    def pack(self) -> Packed:
+        """The weight as products read it; there must be kernels."""
+        return pack(self.kernels, self._weight.detach().t())
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The same, made once."""
+        return self.pack()
+
+    @cached_property
+    def packed_for_grad(self) -> Packed:
+        """The weight as products with gradients of the result read it."""
+        return pack(self.kernels, self._weight.detach())
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        if self.packed is None or x.dtype != self._weight.dtype:
+        return self._of(x, lambda: self.packed)
+
+    def once(self, x: Tensor) -> Tensor:
+        """The same, without keeping the packed weight."""
+        return self._of(x, self.pack)
+
+    def _of(self, x: Tensor, packed: Callable[[], Packed]) -> Tensor:
+        if self.kernels is None or x.dtype != self._weight.dtype:
             return F.linear(x, self._weight, self._bias)
         rows = x.reshape(-1, x.shape[-1])
-        out: Tensor = _Linear.apply(self.packed, rows, self._weight, self._bias)
+        out: Tensor = _Linear.apply(self, packed(), rows, self._weight, self._bias)
         return out.view(*x.shape[:-1], len(self._weight))
 
 
@@ -121,4 +123,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
-    return Linear(weight, bias)(x)
+    return Linear(weight, bias).once(x)

@@ -271,23 +271,23 @@ def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _later_layers_at_once(hidden: Tensor, tables: RadialTables) -> Tensor | None:
     """All but the first layer in one call, which keeps nothing; None where it cannot be had."""
-    second, last = tables.second_layer.packed, tables.last_layer.packed
-    if torch.is_grad_enabled() or second is None or last is None:
+    second, last = tables.second_layer, tables.last_layer
+    if torch.is_grad_enabled() or second.kernels is None or last.kernels is None:
         return None
     norms = norm_silu_kernels(hidden, tables.norm_1_weight, tables.norm_1_bias, _EPSILON)
     if norms is None:
         return None
-    between = hidden.new_empty(len(hidden), second.forward.n)
-    out = hidden.new_empty(len(hidden), last.forward.n)
+    between = hidden.new_empty(len(hidden), second.packed.n)
+    out = hidden.new_empty(len(hidden), last.packed.n)
     norm_1 = norms.norm(tables.norm_1_weight, tables.norm_1_bias)
     norm_2 = norms.norm(tables.norm_2_weight, tables.norm_2_bias)
     read, read_again = torch.empty_like(hidden), torch.empty_like(between)
     products = native.MatrixProducts(second.kernels)
     products.add(
-        hidden, second.forward, between, norm=norm_1, sums=read, bias=tables.bias_2.detach()
+        hidden, second.packed, between, norm=norm_1, sums=read, bias=tables.bias_2.detach()
     )
     products.add(
-        between, last.forward, out, norm=norm_2, sums=read_again, bias=tables.bias_3.detach()
+        between, last.packed, out, norm=norm_2, sums=read_again, bias=tables.bias_3.detach()
     )
     products.run()
     return out
