@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, context, instruments, measure
+from benchmarks import compare, context, host, instruments, measure
 from benchmarks.context import CONTEXT, PYTHON2, refusal
 from benchmarks.flop import CountFlop
 from benchmarks.instruments import saved_for_backward
@@ -336,3 +336,13 @@ def test_uma_in_the_same_table(tmp_path: Path, tiny: Path) -> None:
     assert ours["fairchem-core"].startswith("1.")
     assert "difference" not in uma
     assert min(uma["seconds"], uma["flop"], uma["peak_bytes"]) > 0
+
+
+def test_the_host_has_little_to_do_around_a_graph(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # for the tests that follow
+    times = host.main(["--model", "tiny", "--atoms", "10", "--repeat", "3"])
+    assert len(times) == 6
+    assert all(microseconds > 0 for microseconds in times.values())
+    assert "around a graph from positions on" in capsys.readouterr().out
