@@ -152,7 +152,7 @@ class EquiformerV2Backbone(Model):
         further = self.further_inputs(data, graph)
         if further is not None:
             x = x + edges.rows_of(further)
-        for block in self.blocks[: self.num_layers]:
+        for block in list(self.blocks)[: self.num_layers]:  # a compiler makes no ModuleList
             if config.activation_checkpoint and torch.is_grad_enabled():
                 x = recomputed(block, x, inputs, random=True)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -213,9 +214,9 @@ def test_what_has_no_gradient_says_so():
         rotations.sum().backward()
 
 
-def train(model, backend="aot_eager", autocast=None, make=batch):
+def train(model, backend="aot_eager", autocast=None, make=batch, dynamic=None):
     """A compiled graph's break is an error. The second batch has other sizes."""
-    function = torch.compile(OnGraph(model), backend=backend, fullgraph=True)
+    function = torch.compile(OnGraph(model), backend=backend, fullgraph=True, dynamic=dynamic)
     for data in (make(1, 9), make(2, 6)):
         inputs = OnGraph(model).inputs(data)
         assert len(inputs["chunks"]) > 1
@@ -231,6 +232,25 @@ def test_a_compiled_training_step():
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_compiled_training_steps(options):
     train(flat(**options))
+
+
+@pytest.mark.long
+def test_a_compiled_training_step_of_any_sizes():
+    train(flat(), dynamic=True)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_a_training_step_compiled_by_inductor():
+    """Without dropout, for which it draws other numbers."""
+    model = flat(alpha_drop=0.0, drop_path_rate=0.0, proj_drop=0.0)
+    function = torch.compile(OnGraph(model), backend="inductor", fullgraph=True)
+    for data in (batch(1, 9), batch(2, 6)):
+        inputs = OnGraph(model).inputs(data)
+        found = step(lambda inputs=inputs: function(**inputs), model)
+        expected = step(lambda data=data: model(data), model)
+        assert_all_close(found[0], expected[0], "outputs")
+        assert_all_close(found[1], expected[1], "gradients")
 
 
 @pytest.mark.long
