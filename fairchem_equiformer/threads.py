@@ -14,11 +14,11 @@ import sys
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
 WAIT_POLICY = "OMP_WAIT_POLICY"
-_TURNS = 1000  # some ten microseconds
+_TURNS = 5000  # some hundred microseconds; with 1,000 a step is slower on idle cores, too
 
 
 def wait_asleep() -> None:
-    """Let threads that wait go to sleep after microseconds; too late once torch is imported."""
+    """Let threads that wait go to sleep after a while; too late once torch is imported."""
     if "torch" not in sys.modules and WAIT_POLICY not in os.environ:
         os.environ.setdefault(SPIN_COUNT, str(_TURNS))
 
