@@ -315,6 +315,18 @@ def signal_at(step, number, monkeypatch):
     bad_at(step, monkeypatch, send)
 
 
+@pytest.fixture
+def handled():
+    """Signals that are ignored where the tests run in the background, and stay so there."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
+    for number in handlers:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handled")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGUSR2"])
 def test_a_signal_finishes_the_step_and_saves(train, monkeypatch, caplog, capfd, name):
     number = signal.Signals[name]
