@@ -14,7 +14,7 @@ import sys
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
 WAIT_POLICY = "OMP_WAIT_POLICY"
-_TURNS = 5000  # some hundred microseconds; with 1,000 a step is slower on idle cores, too
+_TURNS = 10_000  # a fraction of a millisecond; with 1,000 a step is slower on idle cores, too
 
 
 def wait_asleep() -> None:

@@ -14,6 +14,9 @@ from fairchem_equiformer.ops.native.interface import Floats, MatrixProductStruct
 from fairchem_equiformer.ops.native.loader import usable
 
 _LANES = 16
+# Less than this is done before a second thread has begun.
+_LEAST_FLOP = 2_000_000
+_LEAST_PACKED = 32_768
 
 
 class Packed(NamedTuple):
@@ -31,7 +34,7 @@ def pack(
     k, n = matrix.shape
     panels = matrix.new_empty(k * n)
     sizes = (*matrix.stride(), k, n)
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if k * n >= _LEAST_PACKED else 1
     kernels.pack_matrix(matrix, other, factor, *sizes, panels, threads)
     return Packed(panels, k, n)
 
@@ -101,7 +104,8 @@ class MatrixProducts:
         """Compute them."""
         count = len(self._products)
         array = (MatrixProductStruct * count)(*self._products)
-        self._kernels.matrix_products(array, count, torch.get_num_threads())
+        threads = torch.get_num_threads() if self.flop >= _LEAST_FLOP else 1
+        self._kernels.matrix_products(array, count, threads)
 
 
 def _address(tensor: Tensor | None) -> int | None:
