@@ -89,14 +89,17 @@ def test_parameters_are_those_that_the_models_are_tested_for() -> None:
 
 @pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md"])
 def test_how_much_faster_it_is_was_measured(path: str) -> None:
-    """From the smallest to the largest ratio of whole calls, on one CPU."""
-    ((header, rows),) = ((h, r) for h, r in tables("docs/benchmarks.md") if "GEMM share" in h)
-    ratio = header.index("ratio")  # the first is that of time
-    compared = [(row[0], row[1], row[2]) for row in rows if row[3] == "stock"]
-    ratios = [
-        float(row[ratio])
-        for row in rows
-        if row[3] == "ours" and row[0] != "neighbors" and (row[0], row[1], row[2]) in compared
-    ]
+    """From the smallest to the largest ratio of whole calls, on any CPU."""
+    ratios = []
+    for header, rows in tables("docs/benchmarks.md"):
+        if "kept / MB" not in header:
+            continue
+        ratio = header.index("ratio")  # the first is that of time
+        compared = [row[:3] for row in rows if row[3] == "stock"]
+        ratios += [
+            float(row[ratio])
+            for row in rows
+            if row[3] == "ours" and row[0] != "neighbors" and row[:3] in compared
+        ]
     said = re.search(r"([\d.]+)\sto\s([\d.]+)\stimes\sfaster", (ROOT / path).read_text())
     assert [float(number) for number in said.groups()] == [min(ratios), max(ratios)]
