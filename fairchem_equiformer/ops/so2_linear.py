@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fairchem_equiformer.ops.so2_packed import (
     PackedSO2Weights,
+    order_columns,
     packed_so2_linear,
     packed_so2_linear_backward,
 )
@@ -97,14 +98,15 @@ class _Order(NamedTuple):
 
 
 def _orders(weights: SO2Weights) -> Iterator[_Order]:
-    y, x = weights.zero.shape
-    for order in weights.orders:
-        if isinstance(order, Tensor):
-            rows, columns = order.shape
-        else:
-            rows, columns = (2 * size for size in order.a.shape)
-        yield _Order(slice(x, x + columns), slice(y, y + rows), order)
-        x, y = x + columns, y + rows
+    sizes = [
+        (order.shape[0], order.shape[1])
+        if isinstance(order, Tensor)
+        else (2 * order.a.shape[0], 2 * order.a.shape[1])
+        for order in weights.orders
+    ]
+    columns = order_columns(weights.zero, sizes)
+    for (x, y), order in zip(columns, weights.orders, strict=True):
+        yield _Order(x, y, order)
 
 
 def so2_linear(x: Tensor, weights: SO2Weights | PackedSO2Weights, bias: Tensor | None) -> Tensor:

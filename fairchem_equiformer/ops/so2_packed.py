@@ -76,11 +76,21 @@ class PackedSO2Weights:
 
     def columns(self) -> Iterator[tuple[slice, slice]]:
         """Of each order m > 0 in the input and the output: +m before -m."""
-        y, x = self.matrices[0].shape
-        for weight in self.matrices[1:]:
-            rows, columns = len(weight), 2 * weight.shape[1]
-            yield slice(x, x + columns), slice(y, y + rows)
-            x, y = x + columns, y + rows
+        zero, *others = self.matrices
+        return order_columns(zero, [(len(m), 2 * m.shape[1]) for m in others])
+
+
+def order_columns(zero: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+    """Columns of each order m > 0 in the input and the output, those of +m before those of -m.
+
+    Args:
+        zero: W[0] [Y0, X0].
+        sizes: (2 Ym, 2 Xm) of m = 1..
+    """
+    y, x = zero.shape
+    for rows, columns in sizes:
+        yield slice(x, x + columns), slice(y, y + rows)
+        x, y = x + columns, y + rows
 
 
 def _halves(x: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
