@@ -24,6 +24,7 @@ from benchmarks.plot import COLORS, draw_scaling
 from benchmarks.slab import slab
 from benchmarks.spec import CLASSES, Spec
 from benchmarks.table import cells, read_ledger, table
+from tests.specs import spec_in
 from tests.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
@@ -215,24 +216,6 @@ def reduced(name: str) -> context.Context:
     return replace(CONTEXT[name], config=config | smaller)
 
 
-def context_spec(name: str, task: str, folder: Path) -> Spec:
-    return Spec(
-        implementation=name,
-        task=task,
-        config="",
-        atoms=45,
-        batch=1,
-        device="cpu",
-        threads=torch.get_num_threads(),
-        seconds=0.0,
-        round=0,
-        memory_limit=0,
-        weights="",
-        record=str(folder / "record.json"),
-        results=str(folder / "results.pt"),
-    )
-
-
 def installed(name: str) -> str:
     """Return the name of a model of context, or skip the test and say why."""
     if reason := refusal(name, "inference"):
@@ -249,7 +232,7 @@ def test_context_models_do_each_task_or_are_refused_it(
         assert refusal(name, task)
         return
     monkeypatch.setitem(CONTEXT, name, reduced(name))
-    work = measure.TASKS[task](context_spec(name, task, tmp_path))
+    work = measure.TASKS[task](spec_in(tmp_path, name, task))
     outputs = work.forward()
     work.finish(outputs)
     results = work.results(outputs)
@@ -260,7 +243,7 @@ def test_context_models_do_each_task_or_are_refused_it(
 
 @pytest.mark.parametrize("name", HERE)
 def test_context_models_have_their_published_size(name: str, tmp_path: Path) -> None:
-    model = measure.build(context_spec(installed(name), "inference", tmp_path))
+    model = measure.build(spec_in(tmp_path, installed(name), "inference"))
     parameters = sum(p.numel() for p in model.parameters())
     assert f"{parameters / 1e6:.0f}M" == CONTEXT[name].size
 

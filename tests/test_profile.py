@@ -20,11 +20,11 @@ from benchmarks import flop, profile, regions, stages
 from benchmarks.boundaries import find
 from benchmarks.flop import counted_flop
 from benchmarks.measure import TASKS
-from benchmarks.spec import Spec
 from fairchem_equiformer import EquiformerV2
 from fairchem_equiformer.ops import linear, so2_packed
 from fairchem_equiformer.ops.choice import VARIABLE
 from fairchem_equiformer.ops.native import loader
+from tests.specs import spec_in
 from tests.test_benchmarks import TINY
 
 SIZES = {"max_neighbors": 5, "max_radius": 4.0, "edges_per_chunk": 100, "num_layers": 1}
@@ -34,21 +34,8 @@ SIZES = {"max_neighbors": 5, "max_radius": 4.0, "edges_per_chunk": 100, "num_lay
 def spec(tmp_path):
     config = tmp_path / "tiny.yml"
     config.write_text(yaml.safe_dump({"model": TINY | SIZES}))
-    return Spec(
-        implementation="ours",
-        task="training",
-        config=str(config),
-        atoms=45,
-        batch=1,
-        device="cpu",
-        threads=torch.get_num_threads(),
-        seconds=0.0,
-        round=0,
-        memory_limit=0,
-        weights=str(tmp_path / "weights.pt"),
-        record=str(tmp_path / "record.json"),
-        results=str(tmp_path / "results.pt"),
-    )
+    weights = str(tmp_path / "weights.pt")
+    return spec_in(tmp_path, "ours", "training", config=str(config), weights=weights)
 
 
 @pytest.fixture

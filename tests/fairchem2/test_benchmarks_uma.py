@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.context import CONTEXT
 from benchmarks.instruments import counted
-from benchmarks.spec import Spec
+from tests.specs import spec_in
 
 with warnings.catch_warnings():  # what fairchem's dependencies say while they are imported
     warnings.simplefilter("ignore")
@@ -19,21 +19,7 @@ with warnings.catch_warnings():  # what fairchem's dependencies say while they a
 
 @pytest.fixture
 def spec(tmp_path):
-    return Spec(
-        implementation="uma_s",
-        task="inference",
-        config="",
-        atoms=9,
-        batch=2,
-        device="cpu",
-        threads=torch.get_num_threads(),
-        seconds=0.0,
-        round=0,
-        memory_limit=0,
-        weights="",
-        record=str(tmp_path / "record.json"),
-        results=str(tmp_path / "results.pt"),
-    )
+    return spec_in(tmp_path, "uma_s", "inference", atoms=9, batch=2)
 
 
 def test_it_has_its_published_size(spec):
