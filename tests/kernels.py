@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 PRODUCTS = {"matrix_products", "pack_matrix"}
 # What needs them, and what runs where PyTorch's products are taken.
 WITH_PRODUCTS, WITHOUT_PRODUCTS = {"grid_mlp"}, {"integrate_silu"}
-OF_EITHER = PRODUCTS | WITH_PRODUCTS | WITHOUT_PRODUCTS
+IN_BFLOAT16 = {"pack_bfloat16"}
+OF_EITHER = PRODUCTS | WITH_PRODUCTS | WITHOUT_PRODUCTS | IN_BFLOAT16
 
 
 class _Watched:

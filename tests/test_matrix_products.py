@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 
 from fairchem_equiformer.ops.choice import VARIABLE
 from fairchem_equiformer.ops.linear import add_product, linear, product
-from fairchem_equiformer.ops.native import MatrixProducts, loader, pack, product_kernels
+from fairchem_equiformer.ops.native import (
+    MatrixProducts,
+    loader,
+    pack,
+    pack_in_bfloat16,
+    product_kernels,
+)
 from fairchem_equiformer.ops.radial import (
     EdgeScalars,
     GaussianBasis,
@@ -30,6 +37,12 @@ WIDTHS = st.sampled_from([16, 32, 48, 64, 112, 176])
 ROWS = st.integers(0, 40)
 SIZES = st.integers(1, 70)
 SEEDS = st.integers(0, 2**31)
+
+
+IN_BFLOAT16 = pytest.mark.skipif(
+    loader.library() is None or not loader.library().has_bfloat16_products(),
+    reason="needs a processor with AVX512-BF16",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,6 +109,79 @@ def test_sum_of_operands_added_to_two_results(rows, k, n, sign, accumulate, also
     assert torch.equal(sums, plus + minus)
     for out, expected in zip(outs, wanted, strict=True):
         assert_close(out, expected, "product")
+
+
+def rounded(x):
+    """To bfloat16, in float64."""
+    return x.bfloat16().double()
+
+
+@IN_BFLOAT16
+@settings(deadline=None, max_examples=80)
+@given(
+    rows=ROWS,
+    k=SIZES,
+    n=WIDTHS,
+    transposed=st.booleans(),
+    columns=st.booleans(),
+    sign=st.sampled_from([1, -1]),
+    start=st.sampled_from(["nothing", "bias", "out"]),
+    seed=SEEDS,
+)
+def test_product_in_bfloat16(rows, k, n, transposed, columns, sign, start, seed):
+    draw, kernels = draws(seed), loader.library()
+    a = within(draw(k, rows)).t() if transposed else within(draw(rows, k))
+    b = within(draw(n, k)).t() if columns else within(draw(k, n))
+    out, bias = within(draw(rows, n)), draw(n)
+    begun = {"nothing": 0, "bias": bias.double(), "out": out.double()}[start]
+    expected = begun + sign * rounded(a) @ rounded(b)
+    products = MatrixProducts(kernels)
+    products.add(
+        a,
+        pack_in_bfloat16(kernels, b),
+        out,
+        bias=bias if start == "bias" else None,
+        sign=sign,
+        accumulate=start == "out",
+    )
+    products.run()
+    assert_close(out, expected, "product")
+
+
+@IN_BFLOAT16
+def test_matrix_is_rounded_once_for_several_products():
+    draw, kernels = draws(0), loader.library()
+    a, b, c = draw(33, 50), draw(50, 48), draw(50, 16)
+    outs = torch.empty(33, 48), torch.empty(33, 16)
+    products = MatrixProducts(kernels)
+    low = products.rounded(a)
+    for factor, out in zip((b, c), outs, strict=True):
+        products.add(low, pack_in_bfloat16(kernels, factor), out)
+    products.run()
+    for factor, out in zip((b, c), outs, strict=True):
+        assert_close(out, rounded(a) @ rounded(factor), "product")
+
+
+@IN_BFLOAT16
+@pytest.mark.parametrize("where", [0, 17, 49])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_so_in_bfloat16(value, where):
+    kernels = loader.library()
+    a, b = torch.ones(7, 50), torch.ones(50, 16)
+    a[3, where] = b[where, 5] = value
+    out = torch.empty(7, 16)
+    products = MatrixProducts(kernels)
+    products.add(a, pack_in_bfloat16(kernels, b), out)
+    products.run()
+    torch.testing.assert_close(out, a @ b, equal_nan=True)
+
+
+def test_matrices_in_bfloat16_have_dense_rows_or_columns():
+    kernels, scattered = loader.library(), torch.zeros(32, 32)[::2, ::2]
+    with pytest.raises(ValueError, match="a matrix to be packed lies at strides"):
+        pack_in_bfloat16(kernels, scattered)
+    with pytest.raises(ValueError, match="a matrix to be rounded lies at strides"):
+        MatrixProducts(kernels).rounded(scattered)
 
 
 @given(k=SIZES, n=WIDTHS, factor=st.sampled_from([1.0, -1.0]), seed=SEEDS)
@@ -226,34 +312,64 @@ def test_product_is_added(rows, k, n, seed):
     assert_close(total, expected, "product")
 
 
-@settings(deadline=None, max_examples=30)
-@given(
+def so2_layer(dtype, edges, outputs, inputs, bias, seed):
+    """Result and gradients of one layer whose products are in a dtype, and of it in float64."""
+    draw = draws(seed)
+    sizes = list(zip(outputs, inputs, strict=False))
+    matrices = [draw((1 + (m > 0)) * y, x) for m, (y, x) in enumerate(sizes)]
+    offset = draw(outputs[0]) if bias else None
+    x = draw(edges, sum((1 + (m > 0)) * x for m, (_, x) in enumerate(sizes)) + 16)
+    grad = draw(edges, sum((1 + (m > 0)) * y for m, (y, _) in enumerate(sizes)))
+
+    def computed(weights, dtype):
+        totals = [torch.ones_like(m, dtype=dtype) for m in matrices]
+        found = so2_linear(x.to(dtype), weights, None if offset is None else offset.to(dtype))
+        x_grad = so2_linear_backward(grad.to(dtype), x.to(dtype), weights, totals)
+        return [found, x_grad, *totals]
+
+    weights = SO2Weights.of(matrices, dtype)
+    exact = SO2Weights.of([m.double() for m in matrices], torch.float64, single=True)
+    return weights, computed(weights, torch.float32), computed(exact, torch.float64)
+
+
+LAYERS = given(
     edges=ROWS,
     outputs=st.lists(WIDTHS, min_size=1, max_size=4),
     inputs=st.lists(WIDTHS, min_size=4, max_size=4),
     bias=st.booleans(),
     seed=SEEDS,
 )
+
+
+@settings(deadline=None, max_examples=30)
+@LAYERS
 def test_so2_linear(edges, outputs, inputs, bias, seed):
-    draw = draws(seed)
-    sizes = list(zip(outputs, inputs, strict=False))
-    matrices = [draw((1 + (m > 0)) * y, x) for m, (y, x) in enumerate(sizes)]
-    offset = draw(outputs[0]) if bias else None
-    x = draw(edges, sum((1 + (m > 0)) * x for m, (_, x) in enumerate(sizes)) + 16)
-    weights = SO2Weights.of(matrices, torch.float32)
-    exact = SO2Weights.of([m.double() for m in matrices], torch.float64, single=True)
+    weights, found, expected = so2_layer(torch.float32, edges, outputs, inputs, bias, seed)
     assert isinstance(weights, PackedSO2Weights)
-    found = so2_linear(x, weights, offset)
-    expected = so2_linear(x.double(), exact, None if offset is None else offset.double())
-    assert_close(found, expected, "so2_linear")
-    grad = draw(*found.shape)
-    totals = [torch.ones_like(m) for m in matrices]
-    wanted = [t.double() for t in totals]
-    x_grad = so2_linear_backward(grad, x, weights, totals)
-    exact_grad = so2_linear_backward(grad.double(), x.double(), exact, wanted)
-    assert_close(x_grad, exact_grad, "so2_linear")
-    for ours, exactly in zip(totals, wanted, strict=True):
+    for ours, exactly in zip(found, expected, strict=True):
         assert_close(ours, exactly, "so2_linear")
+
+
+@IN_BFLOAT16
+@settings(deadline=None, max_examples=30)
+@LAYERS
+def test_so2_linear_in_bfloat16(edges, outputs, inputs, bias, seed):
+    weights, found, expected = so2_layer(torch.bfloat16, edges, outputs, inputs, bias, seed)
+    assert isinstance(weights, PackedSO2Weights)
+    for ours, exactly in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(ours, exactly, "so2_linear", torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_so2_linear_by_torch_in_few_digits(dtype, monkeypatch):
+    """Where this processor has no such products of ours, or for another dtype."""
+    monkeypatch.setattr(PackedSO2Weights, "of", lambda *_: None)
+    weights, found, expected = so2_layer(dtype, 30, [32, 16], [48, 16, 32, 16], True, 0)
+    assert weights.zero.dtype == dtype
+    for ours, exactly in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(ours, exactly, "so2_linear", dtype)
 
 
 @settings(deadline=None, max_examples=20)

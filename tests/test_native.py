@@ -485,6 +485,7 @@ def test_signatures_are_those_of_the_sources():
         None: "void",
         interface.Indices: "int64_t*",
         interface.Floats: "float*",
+        interface.Bfloat16s: "uint32_t*",
         **{ctypes.POINTER(struct): f"{name}*" for name, struct in interface.STRUCTS.items()},
     }
     declared = {

@@ -179,6 +179,13 @@ class _Layer:
     basis: Basis
     dtype: torch.dtype  # of the matrix products; rotations, softmax and sums keep the features'
 
+    def between(self, x: Tensor) -> torch.dtype:
+        """The dtype of what lies between products: theirs, but on a CPU that of the features x.
+
+        There it saves little, and the kernels read float32.
+        """
+        return x.dtype if x.device.type == "cpu" else self.dtype
+
     def radial(self, chunk: Chunk, tables: RadialTables, channels: int) -> Tensor:
         out = radial_function(self.edges.scalars.select(chunk.edges), tables, self.basis)
         return out.view(len(out), out.shape[1] // (2 * channels), 2 * channels)
@@ -187,7 +194,8 @@ class _Layer:
         """Input of the first SO(2) layer [e, R 2 C], and what it was made of."""
         frames, by_degree = chunk_frames(self.edges, chunk), self.spec.radial_by_degree
         layout = self.edges.layout
-        scaled, sent = message(x, frames, radial, layout, by_degree=by_degree, dtype=self.dtype)
+        dtype = self.between(x)
+        scaled, sent = message(x, frames, radial, layout, by_degree=by_degree, dtype=dtype)
         return scaled.flatten(1), sent
 
     def message_backward(self, grad: Tensor, sent: Message, x: Tensor, x_grad: Tensor) -> Tensor:
@@ -203,7 +211,7 @@ class _Layer:
 
 
 class _Convolutions(NamedTuple):
-    """Weights and biases of the SO(2) layers, in the dtype of the matrix products."""
+    """Weights, in the dtype of the matrix products, and biases of the SO(2) layers."""
 
     first: SO2Weights | PackedSO2Weights
     first_bias: Tensor
@@ -214,9 +222,9 @@ class _Convolutions(NamedTuple):
     def of(cls, weights: AttentionWeights, dtype: torch.dtype) -> _Convolutions:
         return cls(
             SO2Weights.of(weights.conv_1, dtype),
-            weights.conv_1_bias.detach().to(dtype),
+            weights.conv_1_bias.detach(),
             SO2Weights.of(weights.conv_2, dtype),
-            weights.conv_2_bias.detach().to(dtype),
+            weights.conv_2_bias.detach(),
         )
 
 
@@ -373,7 +381,7 @@ class _Backward:
         """From the gradient of the result to that of the first SO(2) layer's output."""
         layer, weights, second = self.layer, self._weights, self._conv.second
         with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
+            hidden = hidden.detach().to(layer.between(self.x)).requires_grad_()
             features, logits = activate(hidden, layer.spec, weights, layer.edges.layout)
         values = so2_linear(features.detach(), second, self._conv.second_bias)
         values_grad, logits_grad = self._weighting(frames, grad, values, logits, mask)
@@ -407,7 +415,7 @@ class _Backward:
         if mask is not None:
             alpha_grad = alpha_grad * mask
         logits_grad = attention_softmax_backward(alpha, alpha_grad, frames)
-        return values_grad.flatten(1).to(layer.dtype), logits_grad
+        return values_grad.flatten(1).to(layer.between(self.x)), logits_grad
 
     def _linear(
         self,
@@ -419,13 +427,7 @@ class _Backward:
     ) -> Tensor:
         """Backward of an SO(2) layer: add to the sums, return the gradient of its input."""
         bias_sum += grad[:, : len(bias_sum)].sum(0)
-        if grad.dtype == bias_sum.dtype:
-            return so2_linear_backward(grad, x, weights, sums)
-        parts = [torch.zeros_like(total, dtype=grad.dtype) for total in sums]
-        x_grad = so2_linear_backward(grad, x, weights, parts)
-        for total, part in zip(sums, parts, strict=True):
-            total.add_(part)
-        return x_grad
+        return so2_linear_backward(grad, x, weights, sums)
 
     @staticmethod
     def _differentiate(

@@ -59,14 +59,15 @@ class SO2Weights(NamedTuple):
         Args:
             weights: of the layer.
             dtype: of the products.
-            single: one product per order; by default on a GPU whose tensor cores make the products.
-                Either value stands for torch's products.
+            single: one product per order; by default where tensor cores make the products, and in
+                half precision, in which the three would be rounded more often. Either value
+                stands for torch's products.
         """
         if single is None:
             packed = PackedSO2Weights.of(weights, dtype)
             if packed is not None:
                 return packed
-            single = weights[0].is_cuda and _by_tensor_cores(dtype)
+            single = _few_digits(dtype) or (weights[0].is_cuda and _by_tensor_cores())
         orders: list[OrderWeights | Tensor] = []
         for weight in weights[1:]:
             a, b = weight.detach().chunk(2)
@@ -84,9 +85,13 @@ class SO2Weights(NamedTuple):
         return stops[-1]
 
 
-def _by_tensor_cores(dtype: torch.dtype) -> bool:
-    """Whether a GPU's tensor cores make products of this dtype, as PyTorch is set."""
-    return dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+def _few_digits(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _by_tensor_cores() -> bool:
+    """Whether a GPU's tensor cores make products in float32, as PyTorch is set."""
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 class _Order(NamedTuple):
@@ -115,19 +120,20 @@ def so2_linear(x: Tensor, weights: SO2Weights | PackedSO2Weights, bias: Tensor |
     Args:
         x: [E, X], m-major rows with their channels, flattened. Columns of orders that have no
             weight are ignored.
-        weights: of the layer.
+        weights: of the layer; x is rounded to their dtype.
         bias: [Y0].
 
     Returns:
-        [E, Y0 + sum over m of 2 Ym].
+        [E, Y0 + sum over m of 2 Ym], in the dtype of x.
     """
     if isinstance(weights, PackedSO2Weights):
         return packed_so2_linear(x, weights, bias)
+    if x.dtype != weights.zero.dtype:
+        y = so2_linear(x.to(weights.zero.dtype), weights, None).to(x.dtype)
+        return y if bias is None else _add_bias(y, bias)
     y = x.new_empty(len(x), weights.num_outputs)
     first = y[:, : len(weights.zero)]
     torch.mm(x[:, : weights.zero.shape[1]], weights.zero.t(), out=first)
-    if bias is not None:
-        first += bias
     for order in _orders(weights):
         if isinstance(order.weights, Tensor):
             torch.mm(x[:, order.x], order.weights.t(), out=y[:, order.y])
@@ -139,6 +145,11 @@ def so2_linear(x: Tensor, weights: SO2Weights | PackedSO2Weights, bias: Tensor |
         y_minus.copy_(y_plus)
         y_plus.addmm_(minus, a_plus_b, alpha=-1)
         y_minus.addmm_(plus, b_minus_a)
+    return y if bias is None else _add_bias(y, bias)
+
+
+def _add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    y[:, : len(bias)] += bias
     return y
 
 
@@ -161,6 +172,8 @@ def so2_linear_backward(
     """
     if isinstance(weights, PackedSO2Weights):
         return packed_so2_linear_backward(grad, x, weights, weight_grads)
+    if weight_grads[0].dtype != weights.zero.dtype:
+        return _backward_in_fewer_digits(grad, x, weights, weight_grads)
     x_grad = torch.empty_like(x)
     y_stop, x_stop = weights.zero.shape
     torch.mm(grad[:, :y_stop], weights.zero, out=x_grad[:, :x_stop])
@@ -188,3 +201,15 @@ def so2_linear_backward(
         b_grad.addmm_(g_minus.t(), plus).addmm_(g_plus.t(), minus, alpha=-1)
     x_grad[:, x_stop:] = 0
     return x_grad
+
+
+def _backward_in_fewer_digits(
+    grad: Tensor, x: Tensor, weights: SO2Weights, weight_grads: Sequence[Tensor]
+) -> Tensor:
+    """As :func:`so2_linear_backward`, in the weights' dtype; sums keep their own."""
+    dtype = weights.zero.dtype
+    parts = [torch.zeros_like(total, dtype=dtype) for total in weight_grads]
+    x_grad = so2_linear_backward(grad.to(dtype), x.to(dtype), weights, parts)
+    for total, part in zip(weight_grads, parts, strict=True):
+        total.add_(part)
+    return x_grad.to(grad.dtype)

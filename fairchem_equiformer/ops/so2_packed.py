@@ -6,6 +6,9 @@ g the gradient of y:
     common = (g[+m] + g[-m])^T x[+m]
     A_grad = common - g[-m]^T (x[+m] - x[-m])
     B_grad = common - g[+m]^T (x[+m] + x[-m])
+
+In bfloat16 they are four, as they stand in the formula: sums of weights, and of x, would be rounded
+once more, and their products cancel.
 """
 
 from __future__ import annotations
@@ -19,20 +22,71 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairchem_equiformer.ops.native import MatrixProducts, Packed, pack, product_kernels
+from fairchem_equiformer.ops.native import (
+    MatrixProducts,
+    Packed,
+    pack,
+    pack_in_bfloat16,
+    product_kernels,
+)
 
 
-class _Order(NamedTuple):
+class _Halves(NamedTuple):
+    """Columns of one order: those of +m and those of -m."""
+
+    plus: Tensor
+    minus: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, columns: slice) -> _Halves:
+        return cls(*x[:, columns].chunk(2, dim=1))
+
+
+class _ByThree(NamedTuple):
     """Matrices of one order m > 0."""
 
     a: Packed
     a_plus_b: Packed
     b_minus_a: Packed
 
+    @classmethod
+    def of(cls, kernels: ctypes.CDLL, a: Tensor, b: Tensor) -> _ByThree:
+        return cls(pack(kernels, a), pack(kernels, a, b), pack(kernels, b, a, -1))
+
+    def apply(self, products: MatrixProducts, x: _Halves, y: _Halves, sign: int = 1) -> Tensor:
+        """Take in y = (A, -B over B, A) x, with that sign of B; where x[+m] + x[-m] will be."""
+        total = x.plus.new_empty(x.plus.shape)
+        to_plus, to_minus = self.a_plus_b, self.b_minus_a
+        if sign == -1:
+            to_plus, to_minus = to_minus, to_plus
+        products.add(x.plus, self.a, y.plus, plus=x.minus, sums=total, also=y.minus)
+        products.add(x.minus, to_plus, y.plus, sign=-sign, accumulate=True)
+        products.add(x.plus, to_minus, y.minus, sign=sign, accumulate=True)
+        return total
+
+
+class _ByFour(NamedTuple):
+    """The same in bfloat16."""
+
+    a: Packed
+    b: Packed
+
+    @classmethod
+    def of(cls, kernels: ctypes.CDLL, a: Tensor, b: Tensor) -> _ByFour:
+        return cls(pack_in_bfloat16(kernels, a), pack_in_bfloat16(kernels, b))
+
+    def apply(self, products: MatrixProducts, x: _Halves, y: _Halves, sign: int = 1) -> None:
+        """As above."""
+        plus, minus = map(products.rounded, x)
+        products.add(plus, self.a, y.plus)
+        products.add(minus, self.b, y.plus, sign=-sign, accumulate=True)
+        products.add(plus, self.b, y.minus, sign=sign)
+        products.add(minus, self.a, y.minus, accumulate=True)
+
 
 class _Layer(NamedTuple):
     zero: Packed
-    orders: list[_Order]
+    orders: list[_ByThree | _ByFour]
 
 
 @dataclass(frozen=True)
@@ -41,15 +95,24 @@ class PackedSO2Weights:
 
     kernels: ctypes.CDLL
     matrices: tuple[Tensor, ...]  # W[0] [Y0, X0] and W[m] [2 Ym, Xm]
+    reduced: bool  # products of numbers in bfloat16
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], dtype: torch.dtype) -> PackedSO2Weights | None:
-        """None where torch's products are to be taken."""
-        matrices = tuple(weight.detach().to(dtype) for weight in weights)
+        """None where torch's products are to be taken.
+
+        Args:
+            weights: of the layer, see the fields.
+            dtype: of the numbers that are multiplied.
+        """
+        matrices = tuple(weight.detach() for weight in weights)
+        reduced = dtype == torch.bfloat16
+        if not reduced and dtype != matrices[0].dtype:
+            return None
         rows = [len(matrices[0]), *(len(matrix) // 2 for matrix in matrices[1:])]
         columns = [matrix.shape[1] for matrix in matrices]
-        kernels = product_kernels(*matrices, widths=[*rows, *columns])
-        return None if kernels is None else cls(kernels, matrices)
+        kernels = product_kernels(*matrices, widths=[*rows, *columns], reduced=reduced)
+        return None if kernels is None else cls(kernels, matrices, reduced)
 
     @property
     def num_outputs(self) -> int:
@@ -67,12 +130,11 @@ class PackedSO2Weights:
         return self._packed(lambda matrix: matrix)
 
     def _packed(self, turned: Callable[[Tensor], Tensor]) -> _Layer:
-        orders = []
-        for weight in self.matrices[1:]:
-            a, b = map(turned, weight.chunk(2))
-            parts = pack(self.kernels, a), pack(self.kernels, a, b), pack(self.kernels, b, a, -1)
-            orders.append(_Order(*parts))
-        return _Layer(pack(self.kernels, turned(self.matrices[0])), orders)
+        zero, *others = self.matrices
+        order: type[_ByThree | _ByFour] = _ByFour if self.reduced else _ByThree
+        orders = [order.of(self.kernels, *map(turned, weight.chunk(2))) for weight in others]
+        pack_one = pack_in_bfloat16 if self.reduced else pack
+        return _Layer(pack_one(self.kernels, turned(zero)), orders)
 
     def columns(self) -> Iterator[tuple[slice, slice]]:
         """Of each order m > 0 in the input and the output: +m before -m."""
@@ -93,24 +155,13 @@ def order_columns(zero: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[tu
         x, y = x + columns, y + rows
 
 
-def _halves(x: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Columns of +m and of -m."""
-    plus, minus = x[:, columns].chunk(2, dim=1)
-    return plus, minus
-
-
 def packed_so2_linear(x: Tensor, weights: PackedSO2Weights, bias: Tensor | None) -> Tensor:
     """:func:`~fairchem_equiformer.ops.so2_linear.so2_linear` for such weights."""
     y = x.new_empty(len(x), weights.num_outputs)
     products, layer = MatrixProducts(weights.kernels), weights.forward
     products.add(x[:, : layer.zero.k], layer.zero, y[:, : layer.zero.n], bias=bias)
     for (x_columns, y_columns), order in zip(weights.columns(), layer.orders, strict=True):
-        plus, minus = _halves(x, x_columns)
-        y_plus, y_minus = _halves(y, y_columns)
-        sums = x.new_empty(plus.shape)
-        products.add(plus, order.a, y_plus, plus=minus, sums=sums, also=y_minus)
-        products.add(minus, order.a_plus_b, y_plus, sign=-1, accumulate=True)
-        products.add(plus, order.b_minus_a, y_minus, accumulate=True)
+        order.apply(products, _Halves.of(x, x_columns), _Halves.of(y, y_columns))
     products.run()
     return y
 
@@ -119,41 +170,55 @@ def packed_so2_linear_backward(
     grad: Tensor, x: Tensor, weights: PackedSO2Weights, weight_grads: Sequence[Tensor]
 ) -> Tensor:
     """:func:`~fairchem_equiformer.ops.so2_linear.so2_linear_backward` for such weights."""
-    x_grad, layer = torch.empty_like(x), weights.backward
-    sums = _input_gradient(grad, x_grad, weights, layer)
-    products = MatrixProducts(weights.kernels)
-    products.add(
-        grad[:, : layer.zero.k].t(), x[:, : layer.zero.n], weight_grads[0], accumulate=True
-    )
+    x_grad = torch.empty_like(x)
+    sums = _input_gradient(grad, x_grad, weights)
+    products, zero = MatrixProducts(weights.kernels), weights.backward.zero
+    zero_grad, zero_x = grad[:, : zero.k], x[:, : zero.n]
+    factor = pack_in_bfloat16(weights.kernels, zero_x) if weights.reduced else zero_x
+    products.add(zero_grad.t(), factor, weight_grads[0], accumulate=True)
     for (x_columns, y_columns), total, weight_grad in zip(
         weights.columns(), sums, weight_grads[1:], strict=True
     ):
-        plus, minus = _halves(x, x_columns)
-        g_plus, g_minus = _halves(grad, y_columns)
-        a_grad, b_grad = weight_grad.chunk(2)
-        products.add(total.t(), plus, a_grad, also=b_grad, accumulate=True)
-        products.add(g_minus.t(), plus - minus, a_grad, sign=-1, accumulate=True)
-        products.add(g_plus.t(), plus + minus, b_grad, sign=-1, accumulate=True)
+        g, halves = _Halves.of(grad, y_columns), _Halves.of(x, x_columns)
+        if total is None:
+            _weight_gradient_by_four(weights.kernels, products, g, halves, weight_grad)
+        else:
+            _weight_gradient_by_three(products, g, halves, total, weight_grad)
     products.run()
     return x_grad
 
 
-def _input_gradient(
-    grad: Tensor, x_grad: Tensor, weights: PackedSO2Weights, layer: _Layer
-) -> list[Tensor]:
-    """Write the input's gradient; return g[+m] + g[-m] of each order."""
-    products, sums = MatrixProducts(weights.kernels), []
+def _weight_gradient_by_three(
+    products: MatrixProducts, g: _Halves, x: _Halves, total: Tensor, weight_grad: Tensor
+) -> None:
+    """Take in what is added to the gradient of one order's weight; total is g[+m] + g[-m]."""
+    a_grad, b_grad = weight_grad.chunk(2)
+    products.add(total.t(), x.plus, a_grad, also=b_grad, accumulate=True)
+    products.add(g.minus.t(), x.plus - x.minus, a_grad, sign=-1, accumulate=True)
+    products.add(g.plus.t(), x.plus + x.minus, b_grad, sign=-1, accumulate=True)
+
+
+def _weight_gradient_by_four(
+    kernels: ctypes.CDLL, products: MatrixProducts, g: _Halves, x: _Halves, weight_grad: Tensor
+) -> None:
+    """The same in bfloat16."""
+    a_grad, b_grad = weight_grad.chunk(2)
+    g_plus, g_minus = (products.rounded(half.t()) for half in g)
+    x_plus, x_minus = (pack_in_bfloat16(kernels, half) for half in x)
+    products.add(g_plus, x_plus, a_grad, accumulate=True)
+    products.add(g_minus, x_minus, a_grad, accumulate=True)
+    products.add(g_minus, x_plus, b_grad, accumulate=True)
+    products.add(g_plus, x_minus, b_grad, sign=-1, accumulate=True)
+
+
+def _input_gradient(grad: Tensor, x_grad: Tensor, weights: PackedSO2Weights) -> list[Tensor | None]:
+    """Write the input's gradient; return g[+m] + g[-m] of each order, if it was made."""
+    products, layer, sums = MatrixProducts(weights.kernels), weights.backward, []
     products.add(grad[:, : layer.zero.k], layer.zero, x_grad[:, : layer.zero.n])
     x_stop = layer.zero.n
     for (x_columns, y_columns), order in zip(weights.columns(), layer.orders, strict=True):
-        # A^T x, with -B for B: the roles of A + B and B - A are exchanged.
-        plus, minus = _halves(grad, y_columns)
-        x_plus, x_minus = _halves(x_grad, x_columns)
-        total = grad.new_empty(plus.shape)
-        products.add(plus, order.a, x_plus, plus=minus, sums=total, also=x_minus)
-        products.add(minus, order.b_minus_a, x_plus, accumulate=True)
-        products.add(plus, order.a_plus_b, x_minus, sign=-1, accumulate=True)
-        sums.append(total)
+        g, out = _Halves.of(grad, y_columns), _Halves.of(x_grad, x_columns)
+        sums.append(order.apply(products, g, out, sign=-1))  # of A^T and -B^T
         x_stop = x_columns.stop
     products.run()
     x_grad[:, x_stop:] = 0

@@ -19,7 +19,9 @@ from fairchem_equiformer.ops.native.head_sums import HeadSumKernels, head_sum_ke
 from fairchem_equiformer.ops.native.matrix_products import (
     MatrixProducts,
     Packed,
+    Rounded,
     pack,
+    pack_in_bfloat16,
     product_kernels,
 )
 from fairchem_equiformer.ops.native.message import MessageKernels, message_kernels
@@ -41,6 +43,7 @@ __all__ = [
     "MessageKernels",
     "NormSiLUKernels",
     "Packed",
+    "Rounded",
     "aggregate_kernels",
     "depthwise_kernels",
     "gaussian_kernels",
@@ -50,6 +53,7 @@ __all__ = [
     "message_kernels",
     "norm_silu_kernels",
     "pack",
+    "pack_in_bfloat16",
     "product_kernels",
     "softmax_kernels",
 ]

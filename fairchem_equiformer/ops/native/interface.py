@@ -42,6 +42,12 @@ class Indices(Floats):
     dtype = torch.int64
 
 
+class Bfloat16s(Floats):
+    """``uint32_t*`` or ``uint16_t*`` of numbers in bfloat16, likewise."""
+
+    dtype = torch.bfloat16
+
+
 class NormStruct(ctypes.Structure):
     """``struct Norm`` of norm.h; weight and bias are null where there is no norm."""
 
@@ -132,8 +138,10 @@ class MatrixProductStruct(ctypes.Structure):
     """``struct MatrixProduct`` of matrix_products.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("a", "plus", "norm", "sum", "b", "bias", "c", "also")),
-        *((name, c_int64) for name in ("rows", "n", "k", "a_row", "a_column", "b_row", "c_row")),
+        *((name, c_void_p) for name in ("a", "plus", "norm", "sum", "pairs")),
+        *((name, c_void_p) for name in ("b", "bias", "c", "also")),
+        *((name, c_int64) for name in ("rows", "n", "k", "a_row", "a_column")),
+        *((name, c_int64) for name in ("pair_row", "pair_column", "b_row", "c_row")),
         ("accumulate", c_int64),
         ("sign", c_float),
     )
@@ -210,6 +218,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "prefers_own_products": (c_int, ()),
     "matrix_products": (None, (_MATRIX_PRODUCTS, _N, _THREADS)),
     "pack_matrix": (None, (_F, _F, c_float, _N, _N, _N, _N, _F, _THREADS)),
+    "has_bfloat16_products": (c_int, ()),
+    # bfloat16_products.cpp
+    "pack_bfloat16": (None, (_F, _N, _N, _N, _N, Bfloat16s, _THREADS)),
     # head_sums.cpp
     "head_sums_misfit": (c_char_p, (_N,)),
     "head_sum": (None, (_F, _F, _I, _N, _N, _F, _N, _THREADS)),

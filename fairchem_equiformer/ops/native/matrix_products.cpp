@@ -7,36 +7,11 @@
 #include "matrix_products.h"
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int WIDEST = 4;  // vectors of a panel
-constexpr int STEP = 8;
 constexpr int64_t LONGEST = 128;  // sum of products without one between
-constexpr int TALLEST = 6;  // rows of a tile with AVX-512: 24 of 32 registers hold their sums
-
-template <int V>
-INLINE void finish(const MatrixProduct& p, int64_t row, int64_t column, const Vec* sum) {
-  for (int v = 0; v < V; v++) {
-    const int64_t j = column + v * LANES;
-    float* outs[] = {p.c, p.also};
-    for (float* out : outs) {
-      if (!out) continue;
-      Vec start = {};
-      if (p.accumulate)
-        load(out + row * p.c_row + j, start);
-      else if (p.bias)
-        load(p.bias + j, start);
-      store(start + p.sign * sum[v], out + row * p.c_row + j);
-    }
-  }
-}
-
-// Numbers to be fetched meanwhile: `lines` lines for every STEP columns of A.
-struct Ahead {
-  const float* next;
-  int64_t lines;
-};
 
 // sum = A B of a tile, over columns of A from `first` to `last`.
 template <int R, int V>
@@ -46,8 +21,7 @@ INLINE void multiply(const float* a, int64_t a_row, int64_t a_column, const floa
     for (int v = 0; v < V; v++) sum[r][v] = Vec{};
   for (int64_t start = first; start < last; start += STEP) {
     const int64_t stop = start + STEP < last ? start + STEP : last;
-    for (int64_t i = 0; i < ahead.lines; i++, ahead.next += LANES)
-      __builtin_prefetch(ahead.next, 0, 2);
+    fetch(ahead);
     for (int64_t k = start; k < stop; k++) {
       Vec line[V];
       for (int v = 0; v < V; v++) load(b + k * b_row + v * LANES, line[v]);
@@ -73,32 +47,18 @@ INLINE void tile(const MatrixProduct& p, const float* a, int64_t a_row, int64_t 
   for (int r = 0; r < R; r++) finish<V>(p, row + r, column, total[r]);
 }
 
-// The tile of `rows` rows, R or fewer.
-template <int R, int V, typename... Arguments>
-INLINE void tile_of(int64_t rows, const Arguments&... arguments) {
-  if constexpr (R > 1) {
-    if (rows < R) return tile_of<R - 1, V>(rows, arguments...);
-  }
-  tile<R, V>(arguments...);
-}
-
 // Columns from `column` of rows from `first` to `last`.
 template <int R, int V>
 INLINE void panel(const MatrixProduct& p, int64_t column, int64_t first, int64_t last) {
   const bool packed = p.b_row == 0, summed = p.plus || p.norm;
-  const float* b = p.b + column * (packed ? p.k : 1);
+  const float* b = static_cast<const float*>(p.b) + column * (packed ? p.k : 1);
   const int64_t b_row = packed ? V * LANES : p.b_row;
   const float* a = summed ? p.sum : p.a;
   const int64_t a_row = summed ? p.k : p.a_row, a_column = summed ? 1 : p.a_column;
-  const int64_t rows = last - first, tiles = (rows + R - 1) / R;
-  // The next panel comes from far: a share of it is fetched during each tile.
-  const int64_t lines = packed ? (STEP * V + tiles - 1) / tiles : 0;
-  const int64_t share = lines * LANES * ((p.k + STEP - 1) / STEP);
-  for (int64_t t = 0; t < tiles; t++) {
-    const int64_t row = first + rows * t / tiles, end = first + rows * (t + 1) / tiles;
-    tile_of<R, V>(end - row, p, a + row * a_row, a_row, a_column, b, b_row, row, column,
-                  Ahead{b + p.k * V * LANES + t * share, lines});
-  }
+  const float* next = packed ? b + p.k * V * LANES : nullptr;
+  for_tiles<R, V>(first, last, next, p.k, [&](auto height, int64_t row, Ahead ahead) INLINED {
+    tile<height, V>(p, a + row * a_row, a_row, a_column, b, b_row, row, column, ahead);
+  });
 }
 
 // A + plus, for rows from `first` to `last`.
@@ -106,15 +66,6 @@ INLINE void add_plus(const MatrixProduct& p, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++)
     for (int64_t k = 0; k < p.k; k++)
       p.sum[i * p.k + k] = p.a[i * p.a_row + k] + p.plus[i * p.a_row + k];
-}
-
-// Calls work(V, column) for the panels of n columns: four vectors each, then two, then one.
-template <typename Work>
-INLINE void for_panels(int64_t n, const Work& work) {
-  int64_t column = 0;
-  for (; column + WIDEST * LANES <= n; column += WIDEST * LANES) work(Vectors<WIDEST>{}, column);
-  for (; column + 2 * LANES <= n; column += 2 * LANES) work(Vectors<2>{}, column);
-  for (; column < n; column += LANES) work(Vectors<1>{}, column);
 }
 
 // In tiles of R rows.
@@ -154,6 +105,7 @@ INLINE bool has_avx512() {
 
 HIDDEN void product_rows(const MatrixProduct& p, int64_t first, int64_t last) {
   if (p.norm) norm_silu_rows(*p.norm, p.k, p.a, p.sum, first, last);
+  if (p.pairs) return bfloat16_rows(p, first, last);
 #if defined(__x86_64__) && !defined(__clang__)
   if (has_avx512()) return some_rows_with_avx512(p, first, last);
 #endif
@@ -162,23 +114,55 @@ HIDDEN void product_rows(const MatrixProduct& p, int64_t first, int64_t last) {
 
 namespace {
 
-// The panel of V vectors of columns from `column`.
+// B, or B + factor * other.
+struct Source {
+  const float *b, *other;
+  float factor;
+  int64_t row, column;  // strides
+
+  float operator()(int64_t i, int64_t j) const {
+    const int64_t at = i * row + j * column;
+    return other ? b[at] + factor * other[at] : b[at];
+  }
+};
+
+// Rows from `first` to `k` of the panel of V vectors of columns from `column`.
 template <int V>
-INLINE void pack_panel(const float* b, const float* other, float factor, int64_t b_row,
-                       int64_t b_column, int64_t k, int64_t column, float* out) {
-  for (int64_t i = 0; i < k; i++)
-    for (int64_t j = 0; j < V * LANES; j++) {
-      const int64_t at = i * b_row + (column + j) * b_column;
-      out[i * V * LANES + j] = other ? b[at] + factor * other[at] : b[at];
-    }
+INLINE void pack_panel(const Source& source, int64_t first, int64_t k, int64_t column, float* out) {
+  for (int64_t i = first; i < k; i++)
+    for (int64_t j = 0; j < V * LANES; j++) out[i * V * LANES + j] = source(i, column + j);
 }
 
-FOR_EVERY_CPU void pack_some(const float* b, const float* other, float factor, int64_t b_row,
-                             int64_t b_column, int64_t k, int64_t n, float* out, int64_t first,
+// The same of dense columns, by blocks that registers turn round; returns how many rows it did.
+template <int V>
+INLINE int64_t pack_panel_of_columns(const Source& source, int64_t k, int64_t column, float* out) {
+  int64_t i = 0;
+  for (; i + LANES <= k; i += LANES)
+    for (int64_t j = 0; j < V * LANES; j += LANES) {
+      Vec block[LANES];
+      for (int lane = 0; lane < LANES; lane++) {
+        const int64_t at = i + (column + j + lane) * source.column;
+        load(source.b + at, block[lane]);
+        if (!source.other) continue;
+        Vec other;
+        load(source.other + at, other);
+        block[lane] += source.factor * other;
+      }
+      transpose(block);
+      for (int lane = 0; lane < LANES; lane++)
+        store(block[lane], out + (i + lane) * V * LANES + j);
+    }
+  return i;
+}
+
+FOR_EVERY_CPU void pack_some(const Source& source, int64_t k, int64_t n, float* out, int64_t first,
                              int64_t last) {
   for_panels(n, [&](auto vectors, int64_t column) INLINED {
-    if (column >= first && column < last)
-      pack_panel<vectors>(b, other, factor, b_row, b_column, k, column, out + column * k);
+    if (column < first || column >= last) return;
+    float* panel = out + column * k;
+    const int64_t done =
+        source.row == 1 ? pack_panel_of_columns<vectors>(source, k, column, panel) : 0;
+    pack_panel<vectors>(source, done, k, column, panel);
   });
 }
 
@@ -192,6 +176,15 @@ int64_t sizeof_MatrixProduct() { return sizeof(MatrixProduct); }
 int prefers_own_products() {
 #if defined(__x86_64__) && !defined(__clang__)
   return has_avx512() && __builtin_cpu_is("amd");
+#else
+  return 0;
+#endif
+}
+
+// Whether the processor multiplies numbers in bfloat16.
+int has_bfloat16_products() {
+#if defined(__x86_64__) && !defined(__clang__)
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
 #else
   return 0;
 #endif
@@ -214,8 +207,9 @@ void matrix_products(const MatrixProduct* products, int64_t count, int threads) 
 // (i, j) at i * b_row + j * b_column, to out [k n], in panels.
 void pack_matrix(const float* b, const float* other, float factor, int64_t b_row, int64_t b_column,
                  int64_t k, int64_t n, float* out, int threads) {
+  const Source source{b, other, factor, b_row, b_column};
   share(n / LANES, threads, [&](int64_t first, int64_t last) {
-    pack_some(b, other, factor, b_row, b_column, k, n, out, first * LANES, last * LANES);
+    pack_some(source, k, n, out, first * LANES, last * LANES);
   });
 }
 }

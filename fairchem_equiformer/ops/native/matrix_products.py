@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from fairchem_equiformer.ops.choice import chosen
-from fairchem_equiformer.ops.native.interface import Floats, MatrixProductStruct, NormStruct
+from fairchem_equiformer.ops.native.interface import (
+    Bfloat16s,
+    Floats,
+    MatrixProductStruct,
+    NormStruct,
+)
 from fairchem_equiformer.ops.native.loader import usable
 
 _LANES = 16
@@ -22,7 +27,7 @@ _LEAST_PACKED = 32_768
 class Packed(NamedTuple):
     """A matrix [k, n] in the order in which products read it."""
 
-    panels: Tensor  # [k n]
+    panels: Tensor  # [k n], in float32; or in bfloat16, where an odd k has a row of zeros more
     k: int
     n: int
 
@@ -34,9 +39,50 @@ def pack(
     k, n = matrix.shape
     panels = matrix.new_empty(k * n)
     sizes = (*matrix.stride(), k, n)
-    threads = torch.get_num_threads() if k * n >= _LEAST_PACKED else 1
-    kernels.pack_matrix(matrix, other, factor, *sizes, panels, threads)
+    kernels.pack_matrix(matrix, other, factor, *sizes, panels, _threads_to_pack(panels))
     return Packed(panels, k, n)
+
+
+def pack_in_bfloat16(kernels: ctypes.CDLL, matrix: Tensor) -> Packed:
+    """A matrix [k, n] with dense rows or dense columns, in bfloat16.
+
+    Raises:
+        ValueError: if neither are dense.
+    """
+    k, n = matrix.shape
+    if 1 not in matrix.stride():
+        raise ValueError(f"a matrix to be packed lies at strides {matrix.stride()}")
+    panels = matrix.new_empty((k + 1) // 2 * 2 * n, dtype=torch.bfloat16)
+    sizes = (*matrix.stride(), k, n)
+    kernels.pack_bfloat16(matrix, *sizes, panels, _threads_to_pack(panels))
+    return Packed(panels, k, n)
+
+
+def _threads_to_pack(panels: Tensor) -> int:
+    return torch.get_num_threads() if panels.numel() >= _LEAST_PACKED else 1
+
+
+class Rounded(NamedTuple):
+    """A matrix [rows, k] in bfloat16, as products read it: every other two numbers side by side."""
+
+    pairs: Tensor
+    shape: tuple[int, int]
+    row: int  # from a row's pair to that of the next, in pairs
+    column: int  # from a pair to the next of the row
+
+    @classmethod
+    def room(cls, a: Tensor) -> Rounded:
+        """For a matrix whose rows are dense, or whose columns are.
+
+        Raises:
+            ValueError: if neither are.
+        """
+        rows, k = a.shape
+        if 1 not in a.stride():
+            raise ValueError(f"a matrix to be rounded lies at strides {a.stride()}")
+        width = (k + 1) // 2
+        pairs = a.new_empty(2 * rows * width, dtype=torch.bfloat16)
+        return cls(pairs, (rows, k), *((width, 1) if a.stride(1) == 1 else (1, rows)))
 
 
 class MatrixProducts:
@@ -52,7 +98,7 @@ class MatrixProducts:
 
     def add(
         self,
-        a: Tensor,
+        a: Tensor | Rounded,
         b: Packed | Tensor,
         out: Tensor,
         *,
@@ -66,11 +112,13 @@ class MatrixProducts:
     ) -> None:
         """Take in ``out = [out +] [bias +] sign (a + plus) b``.
 
+        Where ``b`` is in bfloat16 the factors are, and sums and results are in float32.
+
         Args:
-            a: [rows, k], of any strides.
+            a: [rows, k], of any strides; rounded where ``b`` is in bfloat16, or it will be.
             b: [k, n], packed or with dense rows.
             out: [rows, n], with dense rows.
-            plus: [rows, k], of the strides of ``a``, both with dense rows.
+            plus: [rows, k], of the strides of ``a``, both with dense rows. Not in bfloat16.
             norm: ``a`` [rows, k], dense, goes through this layer norm and SiLU, see
                 ``norm_silu_kernels``.
             sums: [rows, k] dense, where ``a + plus``, or what ``norm`` makes, is written.
@@ -87,13 +135,36 @@ class MatrixProducts:
             if dense is not None and dense.stride(1) != 1:
                 raise ValueError(f"rows of {name} lie at strides {dense.stride()}")
         matrix = b.panels if isinstance(b, Packed) else b
-        b_row = 0 if isinstance(b, Packed) else b.stride(0)
-        rows, k = a.shape
-        self._kept += (a, plus, norm, sums, matrix, bias, out, also)
-        before, after = map(_address, (a, plus)), map(_address, (sums, matrix, bias, out, also))
-        through = None if norm is None else ctypes.addressof(norm)
-        sizes = (rows, out.shape[1], k, *a.stride(), b_row, out.stride(0), accumulate, sign)
-        self._products.append(MatrixProductStruct(*before, through, *after, *sizes))
+        low = _room(a) if matrix.dtype == torch.bfloat16 else None
+        self._kept += (a, plus, norm, sums, low, matrix, bias, out, also)
+        self._products.append(
+            MatrixProductStruct(
+                plus=_address(plus),
+                norm=None if norm is None else ctypes.addressof(norm),
+                sum=_address(sums),
+                b=(Floats if low is None else Bfloat16s).address(matrix),
+                bias=_address(bias),
+                c=_address(out),
+                also=_address(also),
+                n=out.shape[1],
+                b_row=0 if isinstance(b, Packed) else b.stride(0),
+                c_row=out.stride(0),
+                accumulate=accumulate,
+                sign=sign,
+                **_operand(a, low),
+            )
+        )
+
+    def rounded(self, a: Tensor) -> Rounded:
+        """Take in that ``a`` [rows, k], with dense rows or columns, is rounded to bfloat16.
+
+        Returns:
+            It, for the products to come.
+        """
+        low = Rounded.room(a)
+        self._kept += (a, low)
+        self._products.append(MatrixProductStruct(**_operand(a, low)))
+        return low
 
     @property
     def flop(self) -> int:
@@ -108,18 +179,39 @@ class MatrixProducts:
         self._kernels.matrix_products(array, count, threads)
 
 
+def _room(a: Tensor | Rounded) -> Rounded:
+    return a if isinstance(a, Rounded) else Rounded.room(a)
+
+
+def _operand(a: Tensor | Rounded, low: Rounded | None) -> dict[str, Any]:
+    """The fields of a product that say where its first factor is, and in which room to round it."""
+    rows, k = a.shape
+    found: dict[str, Any] = {"rows": rows, "k": k}
+    if isinstance(a, Tensor):
+        found |= {"a": _address(a), "a_row": a.stride(0), "a_column": a.stride(1)}
+    if low is not None:
+        pairs = Bfloat16s.address(low.pairs)
+        found |= {"pairs": pairs, "pair_row": low.row, "pair_column": low.column}
+    return found
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else Floats.address(tensor)
 
 
-def product_kernels(*tensors: Tensor, widths: Iterable[int]) -> ctypes.CDLL | None:
+def product_kernels(
+    *tensors: Tensor, widths: Iterable[int], reduced: bool = False
+) -> ctypes.CDLL | None:
     """The library where its products are to be taken; None where torch's are.
 
     Args:
-        tensors: what is multiplied.
+        tensors: what is multiplied, in float32.
         widths: numbers of columns of the results.
+        reduced: rounded to bfloat16.
     """
     kernels = usable(*tensors)
     if kernels is None or any(width % _LANES for width in widths):
+        return None
+    if reduced and not kernels.has_bfloat16_products():
         return None
     return kernels if chosen() == "native" or kernels.prefers_own_products() else None

@@ -43,6 +43,30 @@ INLINE void for_vectors(int64_t first, int64_t last, const Work& work) {
 INLINE void load(const float* from, Vec& to) { to = *reinterpret_cast<const Unaligned*>(from); }
 INLINE void store(const Vec& from, float* to) { *reinterpret_cast<Unaligned*>(to) = from; }
 
+// One step of a transposition: exchanges blocks of Size rows and lanes across the diagonal.
+template <int Size>
+INLINE void exchange_blocks(Vec (&x)[LANES]) {
+  IntVec first, second;  // lanes of two rows one after the other
+  for (int lane = 0; lane < LANES; lane++) {
+    first[lane] = lane & Size ? LANES + lane - Size : lane;
+    second[lane] = lane & Size ? LANES + lane : lane + Size;
+  }
+  for (int row = 0; row < LANES; row++) {
+    if (row & Size) continue;
+    const Vec upper = x[row], lower = x[row + Size];
+    x[row] = __builtin_shuffle(upper, lower, first);
+    x[row + Size] = __builtin_shuffle(upper, lower, second);
+  }
+}
+
+// Rows become columns.
+INLINE void transpose(Vec (&x)[LANES]) {
+  exchange_blocks<8>(x);
+  exchange_blocks<4>(x);
+  exchange_blocks<2>(x);
+  exchange_blocks<1>(x);
+}
+
 // 2^t of N vectors, 2e-7 relative; t is limited to -126 to 126.
 // Step by step for all of them: a step waits for the one before it, and other vectors fill the wait.
 template <int N>
