@@ -109,6 +109,13 @@ class Task(Work):
     def __init__(self, spec: Spec) -> None:
         self.model = build(spec).eval()
         self.data = batch_of(spec.atoms, spec.batch).to(spec.device)
+        self.spec = spec
+
+    def predict(self) -> Outputs:
+        """Call the model."""
+        reduced = self.spec.implementation == "ours_bf16"
+        with torch.autocast(self.spec.device, torch.bfloat16, enabled=reduced):
+            return self.model(self.data)
 
 
 class Inference(Task):
@@ -117,7 +124,7 @@ class Inference(Task):
     def forward(self) -> Outputs:
         """Predict."""
         with torch.no_grad():
-            return self.model(self.data)
+            return self.predict()
 
 
 class Training(Task):
@@ -135,7 +142,7 @@ class Training(Task):
     def forward(self) -> Outputs:
         """Predict, recording."""
         self.model.zero_grad(set_to_none=True)
-        return self.model(self.data)
+        return self.predict()
 
     def finish(self, outputs: Outputs) -> None:
         """Differentiate the loss."""

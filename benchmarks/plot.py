@@ -17,6 +17,7 @@ from benchmarks.table import model_of, read_ledger
 COLORS = {
     "stock": "tab:gray",
     "ours": "tab:blue",
+    "ours_bf16": "tab:pink",
     "escn": "tab:orange",
     "gemnet_oc": "tab:green",
     "esen": "tab:red",

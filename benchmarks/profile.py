@@ -87,6 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="31M", help=f"{', '.join(CONFIGS)} or a config file")
     add("--task", choices=["inference", "training"], default="inference")
+    add("--implementation", choices=["ours", "ours_bf16"], default="ours")
     add("--size", type=size, default=(1, 45), help="atoms: 45, or 4x45 for a batch of four")
     add("--threads", type=int, default=2, help="CPU threads")
     add("--seconds", type=float, default=10.0, help="least time to repeat the step for")
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> Record:
     copies, atoms = options.size
     with tempfile.TemporaryDirectory() as folder:
         spec = Spec(
-            implementation="ours",
+            implementation=options.implementation,
             task=options.task,
             config=str(CONFIGS.get(options.model, Path(options.model)).resolve()),
             atoms=atoms,
@@ -115,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> Record:
             record=f"{folder}/record.json",
             results=f"{folder}/results.pt",
         )
-        record = run_child(spec, options.timeout, Contender("ours", module="benchmarks.stages"))
+        record = run_child(
+            spec, options.timeout, Contender(options.implementation, module="benchmarks.stages")
+        )
     if "failure" in record:
         raise SystemExit(f"benchmarks.profile: {record['failure']}")
     batch = f"{copies} x {atoms}" if copies > 1 else f"{atoms}"

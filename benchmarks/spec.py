@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 CLASSES = {
     "ours": "fairchem_equiformer.EquiformerV2",
+    "ours_bf16": "fairchem_equiformer.EquiformerV2",  # under autocast in bfloat16
     "stock": "fairchem.core.models.equiformer_v2.equiformer_v2_deprecated.EquiformerV2",
     # Equiformer (V1), and its authors' way of computing it
     "equiformer": "fairchem_equiformer.Equiformer",
