@@ -1,5 +1,9 @@
 """What products in few digits cost: ``python -m benchmarks.precision train``, then ``... table``.
 
+``checkpoint`` does so for a checkpoint and structures of yours: energies, forces and stresses of
+the calculator in float32 and in bfloat16 against those in float64. A neighbour list that cuts
+between equally far neighbours, as of a perfect crystal, may differ between float64 and the others.
+
 ``train`` gives a published model's size weights that look trained: some steps on the demo's data
 (examples/emt/generate.py makes them). ``table`` compares energies and forces with products in
 float32, TF32, bfloat16 and float16 with those in float64, on the same weights and edges. ``curves``
@@ -26,10 +30,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from unittest.mock import patch
 
 import lmdb
+import numpy as np
 import torch
+from ase.io import read
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import keys_of
+from fairchem_equiformer.calculator import EquiformerCalculator
+from fairchem_equiformer.checkpoints import load
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
 from fairchem_equiformer.models import EquiformerV2
 from fairchem_equiformer.ops.native import loader
@@ -37,12 +45,14 @@ from fairchem_equiformer.ops.native import loader
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ase import Atoms
     from torch import Tensor
 
 DATA = Path(__file__).parents[1] / "examples/emt/data/s2ef"
 # Mean and spread of the demo's labels, as examples/emt/eqv2_emt.yml has them: eV and eV/Angstrom.
 ENERGY_MEAN, ENERGY_SPREAD, FORCE_SPREAD = -0.16, 0.7, 0.5
 WARMUP = 20  # steps
+UNITS = {"energy": "meV", "forces": "meV/Å", "stress": "meV/Å³"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of examples/emt/eqv2_emt.yml, where it differs from the published models.
 DEMO = {
@@ -261,6 +271,35 @@ def table(options: argparse.Namespace) -> None:
             print(f"| {content['model']} | {content['steps']} | {name} | {cells} |", flush=True)
 
 
+def checkpoint(options: argparse.Namespace) -> None:
+    """Print errors of a checkpoint on the structures of files that ASE reads."""
+    structures = [atoms for path in options.structures for atoms in read(path, index=":")]
+    loaded = load(options.checkpoint)
+    exact = calculated(EquiformerCalculator(loaded, dtype="float64"), structures)
+    print("| products | property | mean | largest | relative |")
+    print("|---|---|---|---|---|")
+    for dtype in ("float32", "bfloat16"):
+        found = calculated(EquiformerCalculator(loaded, dtype=dtype), structures)
+        for name, wanted in exact.items():
+            error = np.abs(found[name] - wanted)
+            relative = error.mean() / np.abs(wanted).mean()
+            unit = UNITS[name]
+            print(
+                f"| {dtype} | {name} / {unit} | {1e3 * error.mean():.2g} | "
+                f"{1e3 * error.max():.2g} | {relative:.2g} |"
+            )
+
+
+def calculated(calculator: EquiformerCalculator, structures: Sequence[Atoms]) -> dict[str, Any]:
+    """Energies, forces and stresses, those of them that it predicts, in one row."""
+    names = [name for name in UNITS if name in calculator.implemented_properties]
+    rows: dict[str, list[Any]] = {name: [] for name in names}
+    for atoms in structures:
+        for name in names:
+            rows[name].append(np.ravel(calculator.get_property(name, atoms)))
+    return {name: np.concatenate(row) for name, row in rows.items()}
+
+
 # Training
 
 
@@ -307,6 +346,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparing.add_argument("--structures", type=int, default=8)
     comparing.add_argument("--device", default="cpu")
     comparing.set_defaults(run=table)
+    checking = commands.add_parser("checkpoint", help="errors of a checkpoint in bfloat16")
+    checking.add_argument("checkpoint", type=Path)
+    checking.add_argument("structures", type=Path, nargs="+", help="files that ASE reads")
+    checking.set_defaults(run=checkpoint)
     drawing = commands.add_parser("curves", help="the demo's model in float32 and in bfloat16")
     drawing.add_argument("--steps", type=int, default=300)
     drawing.add_argument("--every", type=int, default=100)

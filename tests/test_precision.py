@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from ase.io import write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import precision
 from fairchem_equiformer.models import EnergyHead, EquiformerV2Hydra, ForceHead, StressHead
+from tests import golden
 from tests.conftest import make_data, write_lmdb
 from tests.models import KEYS, gradients, random_loss, scatter_weights
 from tests.structures import three_slabs
@@ -139,6 +141,17 @@ def test_the_table_orders_the_formats(data, tmp_path, capsys):
     relative = {name: errors[-1] for name, errors in found.items()}
     assert relative["fp32"] < 1e-5 < relative["tf32, emulated"] < relative["bf16"] < 0.05
     assert 1e-5 < relative["fp16"] < relative["bf16"]
+
+
+def test_errors_of_a_checkpoint(tmp_path, capsys):
+    structures = tmp_path / "structures.traj"
+    write(structures, [golden.structure(name) for name in golden.names()[:3]])
+    precision.main(["checkpoint", str(golden.checkpoint("hydra")), str(structures)])
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    relative = {(dtype, name.split(" / ")[0]): float(cells[-1]) for dtype, name, *cells in rows}
+    assert len(relative) == 6
+    for name in ("energy", "forces", "stress"):
+        assert relative["float32", name] < 1e-5 < relative["bfloat16", name] < 0.05
 
 
 def test_training_in_bfloat16_is_close_to_float32_and_not_it(data):

@@ -20,8 +20,9 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
     if kernels is not None:
         _own_products(kernels, x, weight.transpose(1, 2), y)
         return y
-    for rows, matrix in zip(degree_slices(len(weight) - 1), weight, strict=True):
-        y[:, rows] = _mm(x[:, rows], matrix.t())
+    with torch.autocast(x.device.type, enabled=False):  # x has the products' dtype
+        for rows, matrix in zip(degree_slices(len(weight) - 1), weight, strict=True):
+            y[:, rows] = _mm(x[:, rows], matrix.t())
     return y
 
 
@@ -91,7 +92,8 @@ _operation = library.register(
 def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[l, m] = W[l] x[l, m] + (bias if l = 0).
 
-    Under autocast the products run in its dtype.
+    Under autocast the products run in its dtype; on a CPU in that of x, which costs little there
+    and keeps the result's digits.
 
     Args:
         x: [N, (lmax + 1)^2, C_in], l-major.
@@ -103,7 +105,7 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        dtype = weight.dtype if device == "cpu" else torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
     apply = _operation if torch.compiler.is_compiling() else _SO3Linear.apply
     y: Tensor = apply(x, weight)
