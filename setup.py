@@ -8,13 +8,9 @@ from pathlib import Path
 from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
 
 from distutils.command.install_data import install_data  # isort: skip
 
-# Without AVX-512, vectors of 16 floats go through memory. Written by 16 bytes, as gcc does alone,
-# and read by 32, each waits for its write: the S2 activation took twice as long.
-MOVES = ("-mmove-max=256", "-mstore-max=256")
 KERNELS = Path("fairchem_equiformer/ops/native")
 
 
@@ -53,18 +49,7 @@ class BuildKernels(build_ext):
             extra_postargs=[f"-Wl,-soname,{name}"],
         )
         ext.library_dirs.append(str(folder))
-        ext.extra_compile_args += [flag for flag in MOVES if self.takes(flag, empty)]
         super().build_extension(ext)
-
-    def takes(self, flag: str, source: Path) -> bool:
-        """Whether the compiler knows a flag."""
-        try:
-            self.compiler.compile(
-                [str(source)], output_dir=self.build_temp, extra_postargs=["-Werror", flag]
-            )
-        except CompileError:
-            return False
-        return True
 
 
 class WheelForEveryPython(bdist_wheel):
@@ -75,29 +60,38 @@ class WheelForEveryPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def kernels() -> Extension:
-    """Describe the library of ops/native; where it cannot be built, the package works without."""
+def kernels() -> list[Extension]:
+    """Describe the libraries of ops/native; where one cannot be built, the package does without.
+
+    One is for any processor, and knows which of the others, each for a generation of x86-64 and
+    those after it, the loader is to take.
+    """
     flags = ["-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-Wno-psabi"]
     flags.append("-fno-associative-math")  # the sigmoid rounds by adding a large number
+    generations = {"": []}
     if platform.machine() == "x86_64":
         flags.append("-mrecip=vec-div")
+        generations |= {f"_v{number}": [f"-march=x86-64-v{number}"] for number in (3, 4)}
     # The file by itself: importing the package imports what it needs at run time.
     fingerprint = runpy.run_path(str(KERNELS / "sources.py"))["fingerprint"](KERNELS)
-    return Extension(
-        "fairchem_equiformer.ops.native._kernels",
-        sources=sorted(map(str, KERNELS.glob("*.cpp"))),
-        depends=[*sorted(map(str, KERNELS.glob("*.h"))), str(KERNELS / "sources.py")],
-        define_macros=[("BUILT_FROM", f'"{fingerprint}"')],
-        extra_compile_args=flags,
-        # OpenMP is torch's own, found through it: a second one would spin on the same cores.
-        # Not -fopenmp here, which links another, nor -ffast-math, which changes the process.
-        extra_link_args=["-Wl,--no-as-needed", "-ltorch_cpu"],
-        optional=True,
-    )
+    return [
+        Extension(
+            f"fairchem_equiformer.ops.native._kernels{name}",
+            sources=sorted(map(str, KERNELS.glob("*.cpp"))),
+            depends=[*sorted(map(str, KERNELS.glob("*.h"))), str(KERNELS / "sources.py")],
+            define_macros=[("BUILT_FROM", f'"{fingerprint}"')],
+            extra_compile_args=[*flags, *generation],
+            # OpenMP is torch's own, found through it: a second one would spin on the same cores.
+            # Not -fopenmp here, which links another, nor -ffast-math, which changes the process.
+            extra_link_args=["-Wl,--no-as-needed", "-ltorch_cpu"],
+            optional=True,
+        )
+        for name, generation in generations.items()
+    ]
 
 
 setup(
-    ext_modules=[kernels()],
+    ext_modules=kernels(),
     distclass=DistributionWithData,
     cmdclass={
         "bdist_wheel": WheelForEveryPython,

@@ -56,7 +56,8 @@ def with_kernels(tree: Path) -> None:
     if sources is None or not (ROOT / KERNELS).exists():
         return
     if sources == fingerprint(ROOT / NATIVE):
-        shutil.copy(ROOT / KERNELS, tree / KERNELS)
+        for library in (ROOT / NATIVE).glob("_kernels*.so"):
+            shutil.copy(library, tree / NATIVE)
         return
     print("building the kernels of the other commit (minutes)", file=sys.stderr)
     command([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], tree)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+import pytest
 
 from fairchem_equiformer.ops.native import loader
 from fairchem_equiformer.ops.native.interface import SIGNATURES
@@ -40,6 +43,25 @@ class _Watched:
             function(*arguments)
 
         return call
+
+
+@contextmanager
+def compiled_for(generation: int) -> Iterator[None]:
+    """Within, the library for a generation of processors, or the one for any (0), is loaded.
+
+    Skips the test on a processor before it.
+    """
+    known = {0, *loader.GENERATIONS}
+    assert generation in known
+    if generation > loader._load(loader._file(0)).generation():
+        pytest.skip(f"needs a processor of x86-64-v{generation}")
+    with mock.patch.object(loader, "GENERATIONS", (generation,) if generation else ()):
+        loader.library.cache_clear()
+        library = loader.library()
+        assert library is not None
+        assert Path(library._name) == loader._file(generation)
+        yield
+    loader.library.cache_clear()
 
 
 @contextmanager

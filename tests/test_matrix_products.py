@@ -30,7 +30,7 @@ from fairchem_equiformer.ops.radial import (
 from fairchem_equiformer.ops.so2_linear import SO2Weights, so2_linear, so2_linear_backward
 from fairchem_equiformer.ops.so2_packed import PackedSO2Weights
 from fairchem_equiformer.ops.so3_linear import so3_linear
-from tests.kernels import PRODUCTS, called_kernels
+from tests.kernels import PRODUCTS, called_kernels, compiled_for
 from tests.tolerances import assert_close
 
 WIDTHS = st.sampled_from([16, 32, 48, 64, 112, 176])
@@ -39,17 +39,21 @@ SIZES = st.integers(1, 70)
 SEEDS = st.integers(0, 2**31)
 
 
-IN_BFLOAT16 = pytest.mark.skipif(
-    loader.library() is None or not loader.library().has_bfloat16_products(),
-    reason="needs a processor with AVX512-BF16",
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _by_own_products():
+@pytest.fixture(autouse=True, scope="module", params=[4, 3, 0], ids="for x86-64-v{}".format)
+def _by_own_products(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, "native")
-        yield
+        with compiled_for(request.param):
+            yield
+
+
+@pytest.fixture
+def _in_bfloat16():
+    if not loader.library().has_bfloat16_products():
+        pytest.skip("needs a processor with AVX512-BF16, and the library for it")
+
+
+IN_BFLOAT16 = pytest.mark.usefixtures("_in_bfloat16")
 
 
 def draws(seed):

@@ -44,7 +44,7 @@ from fairchem_equiformer.ops.s2_activation import s2_activation
 from fairchem_equiformer.so3.depthwise import depthwise_paths
 from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import layout
-from tests.kernels import OF_EITHER, called_kernels, with_backward
+from tests.kernels import OF_EITHER, called_kernels, compiled_for, with_backward
 from tests.test_ops import make_graph
 from tests.tolerances import TOLERANCES, assert_close
 
@@ -53,9 +53,10 @@ SINGLE = torch.float32
 MLP = with_backward("silu_samples", "integrate_silu")
 
 
-@pytest.fixture(autouse=True)
-def _the_library_is_there():
-    assert loader.library() is not None
+@pytest.fixture(autouse=True, scope="module", params=[4, 3, 0], ids="for x86-64-v{}".format)
+def _compiled_for(request):
+    with compiled_for(request.param):
+        yield
 
 
 # The functions: each gives its value and its gradients, in float64 by the reference

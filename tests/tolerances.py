@@ -28,7 +28,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "rotate": {_F64: 1e-12, _F32: 2e-6},
     "aggregate": {_F32: 5e-6},  # in kernels to lmax 8, where 3.2e-6 was seen
     "logits": {_F32: 2e-5},  # sums over channels that may all but cancel
-    "activation": {_F64: 1e-12, _F32: 5e-6, _BF16: 3e-2},
+    "activation": {_F64: 1e-12, _F32: 6e-6, _BF16: 3e-2},  # 5.4e-6 by the AVX2 reciprocal
     "depthwise": {_F64: 1e-12, _F32: 2e-6},
     "head_sums": {_F32: 5e-6},  # of second derivatives
     "edge_degree": {_F64: 1e-11, _F32: 1e-5, _BF16: 3e-2},

@@ -79,7 +79,7 @@ INLINE void logits_backward_of(const Logits& logits, const float* scalars, int64
 
 FOR_EVERY_CPU void some_logits(const Logits& logits, const float* scalars, int64_t stride,
                                float* out, int64_t first, int64_t last) {
-  for_width<1, 2, 4>(logits.channels, [&](auto vectors) INLINED {
+  for_width<16, 32, 64>(logits.channels, [&](auto vectors) INLINED {
     logits_of<vectors>(logits, scalars, stride, out, first, last);
   });
 }
@@ -87,7 +87,7 @@ FOR_EVERY_CPU void some_logits(const Logits& logits, const float* scalars, int64
 FOR_EVERY_CPU void some_logits_backward(const Logits& logits, const float* scalars, int64_t stride,
                                         const float* grad, float* scalars_grad, float* sums,
                                         int64_t edges, int64_t first, int64_t last) {
-  for_width<1, 2, 4>(logits.channels, [&](auto vectors) INLINED {
+  for_width<16, 32, 64>(logits.channels, [&](auto vectors) INLINED {
     logits_backward_of<vectors>(logits, scalars, stride, grad, scalars_grad, sums, edges, first,
                                 last);
   });
@@ -101,7 +101,7 @@ int64_t sizeof_Logits() { return sizeof(Logits); }
 
 // Null where such sizes fit, or else what does not.
 const char* logits_misfit(int64_t channels) {
-  return is_width<1, 2, 4>(channels) ? nullptr : "their number is not 16, 32 or 64";
+  return is_width<16, 32, 64>(channels) ? nullptr : "their number is not 16, 32 or 64";
 }
 
 // scalars [edges, heads channels], each edge dense, to out [edges, heads].

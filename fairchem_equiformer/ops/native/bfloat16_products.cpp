@@ -3,22 +3,14 @@
 // The instruction takes two columns of A and two rows of B at a time. So numbers lie in pairs:
 // those of a row of A next to each other, those of a column of B likewise.
 
-#include <omp.h>
+#include "matrix_products.h"
 
-#include <cmath>
-#include <cstdint>
-#include <type_traits>
-
-#if defined(__x86_64__) && !defined(__clang__)
+#if defined(__AVX512F__) && !defined(__clang__)
 
 #include <immintrin.h>
+
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's intrinsics have it
-
-// Also for what our headers define: nothing here runs on other processors.
-#pragma GCC target("arch=x86-64-v4,avx512bf16")
-
-#include "matrix_products.h"
-#include "simd.h"
+#pragma GCC target("avx512bf16")  // also for what the next header defines
 #include "tiles.h"
 
 namespace {
@@ -183,8 +175,6 @@ void pack_bfloat16(const float* b, int64_t b_row, int64_t b_column, int64_t k, i
 }
 
 #else
-
-#include "matrix_products.h"
 
 HIDDEN void bfloat16_rows(const MatrixProduct&, int64_t, int64_t) {}
 

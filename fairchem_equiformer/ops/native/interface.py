@@ -168,6 +168,7 @@ _MATRIX_PRODUCTS = POINTER(MatrixProductStruct)
 # Result and arguments of every function, in the order of the C++ files.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "built_from": (c_char_p, ()),
+    "generation": (c_int, ()),
     **{f"sizeof_{name}": (c_int64, ()) for name in STRUCTS},
     # message.cpp
     "message_misfit": (c_char_p, (_ROWS, _N)),

@@ -16,6 +16,8 @@ from fairchem_equiformer.ops.native.sources import fingerprint
 
 logger = logging.getLogger(__name__)
 
+GENERATIONS = (4, 3)  # of x86-64: with AVX-512, and with AVX2
+
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -43,11 +45,11 @@ def library() -> ctypes.CDLL | None:
 
 def status() -> str:
     """Which kernels run on the CPU, and where these are not the compiled ones, why."""
-    path = _file()
     try:
         choice = chosen()
         if choice in ("reference", "triton"):
             return f"PyTorch's, as {VARIABLE}={choice} asks"
+        path = _file()
         _load(path)
     except ValueError as error:
         return f"none: {error}"
@@ -76,9 +78,22 @@ def _load(path: Path) -> ctypes.CDLL:
     return kernels
 
 
-def _file() -> Path:
-    """Where the library is, or would be: of no version of Python, which ctypes does not ask for."""
-    return Path(__file__).with_name("_kernels.so")
+def _file(generation: int | None = None) -> Path:
+    """Where the library is, or would be: of no version of Python, which ctypes does not ask for.
+
+    Args:
+        generation: of x86-64, that it is compiled for; 0 for any processor. By default the newest
+            that this processor belongs to and that there is.
+    """
+    folder = Path(__file__).parent
+    if generation is not None:
+        return folder / (f"_kernels_v{generation}.so" if generation else "_kernels.so")
+    plain = _file(0)
+    if not plain.exists():
+        return plain
+    newest = _load(plain).generation()
+    found = (_file(generation) for generation in GENERATIONS if generation <= newest)
+    return next((path for path in found if path.exists()), plain)
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:

@@ -68,48 +68,16 @@ INLINE void add_plus(const MatrixProduct& p, int64_t first, int64_t last) {
       p.sum[i * p.k + k] = p.a[i * p.a_row + k] + p.plus[i * p.a_row + k];
 }
 
-// In tiles of R rows.
-template <int R>
-INLINE void some_rows_by(const MatrixProduct& p, int64_t first, int64_t last) {
-  if (first == last) return;
-  if (p.plus) add_plus(p, first, last);
-  for_panels(p.n, [&](auto vectors, int64_t column) INLINED {
-    panel<R, vectors>(p, column, first, last);
-  });
-}
-
-#if defined(__x86_64__) && !defined(__clang__)
-__attribute__((target("arch=x86-64-v4"))) void some_rows_with_avx512(const MatrixProduct& p,
-                                                                      int64_t first,
-                                                                      int64_t last) {
-  some_rows_by<TALLEST>(p, first, last);
-}
-#endif
-
-// Right anywhere, and fast nowhere: fewer registers hold no tile.
-static void some_rows_anywhere(const MatrixProduct& p, int64_t first, int64_t last) {
-  some_rows_by<1>(p, first, last);
-}
-
-INLINE bool has_avx512() {
-#if defined(__x86_64__) && !defined(__clang__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd");
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 HIDDEN void product_rows(const MatrixProduct& p, int64_t first, int64_t last) {
   if (p.norm) norm_silu_rows(*p.norm, p.k, p.a, p.sum, first, last);
   if (p.pairs) return bfloat16_rows(p, first, last);
-#if defined(__x86_64__) && !defined(__clang__)
-  if (has_avx512()) return some_rows_with_avx512(p, first, last);
-#endif
-  some_rows_anywhere(p, first, last);
+  if (first == last) return;
+  if (p.plus) add_plus(p, first, last);
+  for_panels(p.n, [&](auto vectors, int64_t column) INLINED {
+    panel<TALLEST, vectors>(p, column, first, last);
+  });
 }
 
 namespace {
@@ -174,17 +142,17 @@ int64_t sizeof_MatrixProduct() { return sizeof(MatrixProduct); }
 
 // Whether these products are faster than torch's: AVX-512 on a processor for which MKL has none.
 int prefers_own_products() {
-#if defined(__x86_64__) && !defined(__clang__)
-  return has_avx512() && __builtin_cpu_is("amd");
+#if defined(__AVX512F__)
+  return __builtin_cpu_is("amd");
 #else
   return 0;
 #endif
 }
 
-// Whether the processor multiplies numbers in bfloat16.
+// Whether the processor multiplies numbers in bfloat16, and the library knows how.
 int has_bfloat16_products() {
-#if defined(__x86_64__) && !defined(__clang__)
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#if defined(__AVX512F__) && !defined(__clang__)
+  return __builtin_cpu_supports("avx512bf16");
 #else
   return 0;
 #endif

@@ -18,7 +18,7 @@ from fairchem_equiformer.ops.native.interface import (
 )
 from fairchem_equiformer.ops.native.loader import usable
 
-_LANES = 16
+_WIDTH = 16
 # Less than this is done before a second thread has begun.
 _LEAST_FLOP = 2_000_000
 _LEAST_PACKED = 32_768
@@ -210,7 +210,7 @@ def product_kernels(
         reduced: rounded to bfloat16.
     """
     kernels = usable(*tensors)
-    if kernels is None or any(width % _LANES for width in widths):
+    if kernels is None or any(width % _WIDTH for width in widths):
         return None
     if reduced and not kernels.has_bfloat16_products():
         return None

@@ -5,16 +5,16 @@
 
 #include "simd.h"
 
-// Whether the channels are V whole vectors for one V of Vs.
-template <int... Vs>
+// Whether the channels are one of these numbers.
+template <int... Widths>
 constexpr bool is_width(int64_t channels) {
-  return ((channels == Vs * LANES) || ...);
+  return ((channels == Widths) || ...);
 }
 
-// Calls work(V) for that V.
-template <int... Vs, typename Work>
+// Calls work(V) for the vectors of such channels.
+template <int... Widths, typename Work>
 INLINE void for_width(int64_t channels, const Work& work) {
-  ((channels == Vs * LANES ? work(Vectors<Vs>{}) : void()), ...);
+  ((channels == Widths ? work(Vectors<Widths / LANES>{}) : void()), ...);
 }
 
 template <int V>

@@ -159,7 +159,7 @@ INLINE void norm_silu_backward(const Norm& norm, const float* x, const float* gr
 
 FOR_EVERY_CPU void some_norm_silu(const Norm& norm, int64_t channels, const float* x, float* out,
                                   int64_t first, int64_t last) {
-  for_width<1, 2, 4, 8>(channels, [&](auto vectors) INLINED {
+  for_width<16, 32, 64, 128>(channels, [&](auto vectors) INLINED {
     norm_silu<vectors>(norm, x, out, first, last);
   });
 }
@@ -167,7 +167,7 @@ FOR_EVERY_CPU void some_norm_silu(const Norm& norm, int64_t channels, const floa
 FOR_EVERY_CPU void some_norm_silu_backward(const Norm& norm, int64_t channels, const float* x,
                                            const float* grad, float* x_grad, float* sums,
                                            int64_t first, int64_t last) {
-  for_width<1, 2, 4, 8>(channels, [&](auto vectors) INLINED {
+  for_width<16, 32, 64, 128>(channels, [&](auto vectors) INLINED {
     norm_silu_backward<vectors>(norm, x, grad, x_grad, sums, first, last);
   });
 }
@@ -211,7 +211,7 @@ int64_t sizeof_Norm() { return sizeof(Norm); }
 
 // Null where such sizes fit, or else what does not.
 const char* norm_misfit(int64_t channels) {
-  return is_width<1, 2, 4, 8>(channels) ? nullptr : "their number is not 16, 32, 64 or 128";
+  return is_width<16, 32, 64, 128>(channels) ? nullptr : "their number is not 16, 32, 64 or 128";
 }
 
 // SiLU of the layer norm of x [items, channels].

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, for whatever processor the library is loaded on.
+// As many floats at a time as registers of the processor hold that the library is compiled for.
 #pragma once
 
 #include <omp.h>
@@ -6,25 +6,29 @@
 #include <cstdint>
 #include <type_traits>
 
-// One copy of a function for each generation of x86 processors; the loader takes the best one.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_CPU
-#endif
 #define INLINE static inline __attribute__((always_inline))
-// After the arguments of a lambda: compiled for the processor of the function that it stands in.
-#define INLINED __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // after the arguments of a lambda
+#define FOR_EVERY_CPU static
 
-constexpr int LANES = 16;
+// Of wider vectors compilers make slow code: they pass through memory.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, REGISTERS = 32;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
+constexpr int WIDTH = 16;  // channels come in multiples of this, whatever the processor
 using Vec = float __attribute__((vector_size(4 * LANES)));
 using IntVec = int32_t __attribute__((vector_size(4 * LANES)));
 // In memory, where a tensor need not be aligned to more than a float.
 using Unaligned = float __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-// Null for whole vectors of channels, or else why they are not.
+// Null for channels that are whole vectors anywhere, or else why they are not.
 INLINE const char* misfit_of_width(int64_t channels) {
-  return channels % LANES ? "their number is not a multiple of 16" : nullptr;
+  return channels % WIDTH ? "their number is not a multiple of 16" : nullptr;
 }
 
 // A number of vectors as a type, from which a template can take it.
@@ -61,8 +65,8 @@ INLINE void exchange_blocks(Vec (&x)[LANES]) {
 
 // Rows become columns.
 INLINE void transpose(Vec (&x)[LANES]) {
-  exchange_blocks<8>(x);
-  exchange_blocks<4>(x);
+  if constexpr (LANES > 8) exchange_blocks<8>(x);
+  if constexpr (LANES > 4) exchange_blocks<4>(x);
   exchange_blocks<2>(x);
   exchange_blocks<1>(x);
 }

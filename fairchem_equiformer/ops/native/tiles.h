@@ -4,8 +4,8 @@
 #include "matrix_products.h"
 #include "simd.h"
 
-constexpr int WIDEST = 4;   // vectors of a panel
-constexpr int TALLEST = 6;  // rows of a tile with AVX-512: 24 of 32 registers hold their sums
+constexpr int WIDEST = REGISTERS / 8;  // vectors of a panel
+constexpr int TALLEST = 6;             // rows of a tile: 3 of 4 registers hold their sums
 constexpr int STEP = 8;
 
 // Numbers to be fetched meanwhile: `lines` lines for every STEP columns of A.
