@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import time_model
 from benchmarks.sizes import SIZES, Sizes
+from benchmarks.time_model import RADIAL_HIDDEN
 from fairchem_equiformer.ops.triton import grid as grid_module
 from fairchem_equiformer.ops.triton import grid_mlp as grid_mlp_module
 from fairchem_equiformer.ops.triton.aggregate import AggregateKernels
@@ -38,6 +39,7 @@ from fairchem_equiformer.ops.triton.grid import GridKernels
 from fairchem_equiformer.ops.triton.grid_mlp import GridMLPKernels
 from fairchem_equiformer.ops.triton.message import MessageKernels
 from fairchem_equiformer.ops.triton.norm import NormKernels
+from fairchem_equiformer.ops.triton.radial import NormSiLUKernels
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import layout
 
@@ -127,7 +129,10 @@ def launches(sizes: Sizes, capability: int) -> list[Launch]:
     sums = torch.empty(ATOMS, out.num_coefficients, sizes.heads * sizes.value_channels)
     scalars = torch.empty(EDGES, sizes.heads, sizes.alpha_channels)
     norm = torch.empty(sizes.alpha_channels), torch.empty(sizes.alpha_channels)
+    layer = torch.empty(EDGES, RADIAL_HIDDEN)
     with recorded_launches() as found:
+        NormSiLUKernels(1e-5).forward(layer, layer[0], layer[0])
+        NormSiLUKernels(1e-5).backward(layer, layer[0], layer[0], layer)
         messages = MessageKernels(edge, by_degree=False)
         ends = rotations, source, target, 0
         messages.forward(x, *ends, radial, torch.float32)
@@ -160,7 +165,7 @@ def launches(sizes: Sizes, capability: int) -> list[Launch]:
 
 def _nodes(sizes: Sizes, x: torch.Tensor) -> None:
     weight, affine = x.new_empty(sizes.channels), x.new_empty(sizes.lmax, sizes.channels)
-    norms = NormKernels(sizes.lmax, 1e-5)
+    norms = NormKernels("rms_norm_sh", sizes.lmax, 1e-5)  # the others differ in a table's numbers
     norms.forward(x, weight, weight, affine)
     norms.backward(x, weight, affine, x)
     hidden = x.new_empty(ATOMS, x.shape[1], sizes.ffn_hidden)

@@ -86,6 +86,12 @@ class _Counts:
         hidden = RADIAL_HIDDEN
         return 2 * hidden * (GAUSSIANS + hidden + self.radial)
 
+    @property
+    def radial_hidden(self) -> float:
+        """Floats of the radial function's hidden layers: what each step reads and writes."""
+        product, elements, bias, norm_silu = 2, 2 * 4, 2, 2  # elements are looked up, then added
+        return (2 * product + elements + bias + 2 * norm_silu) * RADIAL_HIDDEN
+
     @cached_property
     def degrees_flop(self) -> float:
         """Of the edge-degree embedding's radial function."""
@@ -145,7 +151,7 @@ def ours(sizes: Sizes, *, tensor_cores: bool) -> list[Stage]:
     extra = n.scalars + hidden
     to_grid = 2.0 * n.points * hidden * (n.rows + n.rows - 1)
     return [
-        Stage("radial function", n.radial_flop, 0, 2 * GAUSSIANS + 10 * RADIAL_HIDDEN + n.radial),
+        Stage("radial function", n.radial_flop, 0, 2 * GAUSSIANS + n.radial_hidden + n.radial),
         Stage(
             "message (Triton)",
             0,
@@ -192,13 +198,7 @@ def ours(sizes: Sizes, *, tensor_cores: bool) -> list[Stage]:
             "edge-degree embedding (Triton), a share",
             n.degrees_flop / sizes.blocks,
             2.0 * (sizes.lmax + 1) ** 2 * sizes.channels / sizes.blocks,
-            (
-                2 * GAUSSIANS
-                + 10 * RADIAL_HIDDEN
-                + 2 * n.degrees
-                + sizes.entries
-                + n.atom / NEIGHBORS
-            )
+            (2 * GAUSSIANS + n.radial_hidden + 2 * n.degrees + sizes.entries + n.atom / NEIGHBORS)
             / sizes.blocks,
         ),
     ]

@@ -14,9 +14,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.func import functional_call
 
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.nn.norm import NORMS
+from fairchem_equiformer.nn.radial import RadialFunction
 from fairchem_equiformer.ops import triton as triton_kernels
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
 from fairchem_equiformer.ops.attention_softmax import (
@@ -29,11 +31,13 @@ from fairchem_equiformer.ops.edges import chunk_frames, truncation_rescale
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.message import message, message_backward
+from fairchem_equiformer.ops.radial import _norm_silu
 from fairchem_equiformer.ops.rotate import rotate_back_and_sum
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
 from fairchem_equiformer.ops.triton import grid_mlp as grid_mlp_module
 from fairchem_equiformer.ops.triton import loader
 from fairchem_equiformer.ops.triton import norm as norm_module
+from fairchem_equiformer.ops.triton import radial as radial_module
 from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import layout
 from tests.test_ops import CASES, HEADS, attend, features, gradients, make_graph
@@ -101,6 +105,18 @@ def by_kernels_and_exactly(function, *inputs):
             continue
         for row in range(ours.shape[1]):  # of each degree and order, whatever the others are
             assert_close(ours[:, row], exact[:, row], "triton", name=f"row {row}")
+
+
+def launched_by(module, monkeypatch):
+    """Names of a module's kernels, collected as they are started."""
+    start, names = module.launch, set()
+
+    def record(kernel, *arguments, **options):
+        names.add(kernel.fn.__name__)
+        start(kernel, *arguments, **options)
+
+    monkeypatch.setattr(module, "launch", record)
+    return names
 
 
 def frames_of(degrees, sizes, max_edges=7):
@@ -263,11 +279,13 @@ def test_gates(items, channels, l_major):
 @pytest.mark.parametrize(
     ("lmax", "channels", "atoms"), [(1, 5, 0), (1, 5, 5), (2, 8, 1), (2, 8, 5), (8, 3, 3)]
 )
-def test_norm(lmax, channels, atoms, monkeypatch):
+@pytest.mark.parametrize("kind", NORMS)
+def test_norm(kind, lmax, channels, atoms, monkeypatch):
+    launched = launched_by(norm_module, monkeypatch)
     monkeypatch.setattr(norm_module, "PROGRAMS", 2)  # fewer than atoms
 
     def both(x, *parameters):
-        norm = NORMS["layer_norm_sh"](lmax, channels).to(x.device, x.dtype)
+        norm = NORMS[kind](lmax, channels).to(x.device, x.dtype)
         for parameter, value in zip(norm.parameters(), parameters, strict=True):
             parameter.data = value
         x = x.clone().requires_grad_()
@@ -278,8 +296,55 @@ def test_norm(lmax, channels, atoms, monkeypatch):
         return value.detach(), x_grad.transpose(0, 1), *others
 
     x = torch.randn((lmax + 1) ** 2, atoms, channels)
-    parameters = [torch.randn_like(p) for p in NORMS["layer_norm_sh"](lmax, channels).parameters()]
+    parameters = [torch.randn_like(p) for p in NORMS[kind](lmax, channels).parameters()]
     by_kernels_and_exactly(both, x, *parameters)
+    assert launched == {"norm_forward", "norm_backward"}
+
+
+@pytest.mark.parametrize(("channels", "edges"), [(5, 0), (5, 1), (24, 400), (64, 40), (130, 17)])
+def test_norm_silu(channels, edges, monkeypatch):
+    launched = launched_by(radial_module, monkeypatch)
+    monkeypatch.setattr(radial_module, "PROGRAMS", 2)  # fewer than blocks of edges
+
+    @differentiated
+    def both(x, weight, bias):  # other columns stand before
+        return _norm_silu(x[:, 3:], weight, bias)
+
+    drawn = torch.randn(edges, 3 + channels), torch.randn(channels), torch.randn(channels)
+    by_kernels_and_exactly(both, *drawn)
+    assert launched == {"norm_silu_forward", "norm_silu_backward"}
+
+
+def test_radial_function_of_v1_twice(monkeypatch):
+    """Weights of edges and their gradient, differentiated again, as forces are in training."""
+    launched = launched_by(radial_module, monkeypatch)
+    radial = RadialFunction(7, 12, 10)
+
+    def both(distances, *parameters):
+        model = RadialFunction(7, 12, 10).to(distances)
+        leaves = [p.clone().requires_grad_() for p in (distances, *parameters)]
+        out = functional_call(
+            model, dict(zip(radial.state_dict(), leaves[1:], strict=True)), leaves[0]
+        )
+        flow = torch.linspace(-1, 2, out.numel(), device=DEVICE).view(out.shape).to(out)
+        (force,) = torch.autograd.grad(out, leaves[:1], flow, create_graph=True)
+        return out.detach(), force.detach(), *torch.autograd.grad(force.square().sum(), leaves[:-1])
+
+    by_kernels_and_exactly(both, torch.randn(9, 7), *radial.state_dict().values())
+    assert launched == {"norm_silu_forward", "norm_silu_backward"}
+
+
+def test_radial_function_of_v1_once(monkeypatch):
+    launched = launched_by(radial_module, monkeypatch)
+    radial = RadialFunction(7, 12, 10)
+
+    @differentiated
+    def both(distances, *parameters):
+        named = dict(zip(radial.state_dict(), parameters, strict=True))
+        return functional_call(RadialFunction(7, 12, 10).to(distances), named, distances)
+
+    by_kernels_and_exactly(both, torch.randn(9, 7), *radial.state_dict().values())
+    assert launched == {"norm_silu_forward", "norm_silu_backward"}
 
 
 @pytest.mark.parametrize("degrees", [DEGREES, [0, 0]], ids=str)

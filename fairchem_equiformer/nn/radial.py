@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fairchem_equiformer.ops import triton
 from fairchem_equiformer.ops.linear import linear
 from fairchem_equiformer.ops.radial import GaussianBasis, LearnedGaussians, RadialWeights, gaussians
 
@@ -171,10 +172,14 @@ class RadialFunction(nn.Module):
 
     def forward(self, basis: Tensor) -> Tensor:
         """[E, in_features] to [E, out_features], differentiable any number of times."""
-        x = basis
-        for layer in self.net:
-            x = linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
-        return x
+        x, (*hidden, last) = basis, self.net
+        for layer, norm, silu in (hidden[:3], hidden[3:]):
+            x = linear(x, layer.weight, layer.bias)
+            by_kernels = None
+            if not torch.compiler.is_compiling():  # which sees PyTorch's operations alone
+                by_kernels = triton.norm_silu(x, norm.weight, norm.bias, norm.eps)
+            x = silu(norm(x)) if by_kernels is None else by_kernels
+        return linear(x, last.weight, last.bias)
 
     def weights(self, source: nn.Embedding | None, target: nn.Embedding | None) -> RadialWeights:
         """Parameters as ops/radial.py takes them.

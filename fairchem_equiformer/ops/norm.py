@@ -82,10 +82,12 @@ _NORMS: dict[str, Callable[..., Tensor]] = {
 
 def _by_kernels(kind: str, x: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
     """By Triton's kernels where they run."""
-    if kind != "layer_norm_sh":
-        return None
-    weight, scalar_weight, scalar_bias = parameters
-    return triton.separable_layer_norm(x, scalar_weight, scalar_bias, weight, EPSILON)
+    if kind == "layer_norm_sh":
+        others, of_scalars, bias = parameters
+    else:
+        weight, bias = parameters
+        of_scalars, others = weight[0], weight[1:]
+    return triton.equivariant_norm(kind, x, of_scalars, bias, others, EPSILON)
 
 
 def _normalized(kind: str, x: Tensor, *parameters: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops import library, native
+from fairchem_equiformer.ops import library, native, triton
 from fairchem_equiformer.ops.linear import Linear
 from fairchem_equiformer.ops.native import (
     GaussianKernels,
@@ -262,6 +262,9 @@ class _NormSiLU(torch.autograd.Function):
 
 def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU of the layer norm of x [E, H]."""
+    on_gpu = triton.norm_silu(x, weight, bias, _EPSILON)
+    if on_gpu is not None:
+        return on_gpu
     kernels = norm_silu_kernels(x, weight, bias, _EPSILON)
     if kernels is not None:
         out: Tensor = _NormSiLU.apply(kernels, x, weight, bias)

@@ -86,12 +86,13 @@ def grid_mlp_kernels(grid: Grid, x: Tensor, weight: Tensor) -> GridMLPKernels | 
     return GridMLPKernels(grid)
 
 
-def separable_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, affine: Tensor, epsilon: float
+def equivariant_norm(
+    kind: str, x: Tensor, weight: Tensor, bias: Tensor, affine: Tensor, epsilon: float
 ) -> Tensor | None:
     """The norm of x [N, (lmax + 1)^2, C], differentiable; None where PyTorch has to run.
 
     Args:
+        kind: as in ops/norm.py.
         x: features.
         weight: [C], of l = 0.
         bias: [C].
@@ -102,9 +103,7 @@ def separable_layer_norm(
         return None
     from fairchem_equiformer.ops.triton import norm
 
-    return norm.separable_layer_norm(
-        norm.NormKernels(len(affine), epsilon), x, weight, bias, affine
-    )
+    return norm.norm(norm.NormKernels(kind, len(affine), epsilon), x, weight, bias, affine)
 
 
 def gate_activation(x: Tensor, gates: Tensor, rows: tuple[tuple[int, int], ...]) -> Tensor | None:
@@ -114,6 +113,24 @@ def gate_activation(x: Tensor, gates: Tensor, rows: tuple[tuple[int, int], ...])
     from fairchem_equiformer.ops.triton import gate
 
     return gate.gate(gate.GateKernels(rows), x, gates)
+
+
+def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor | None:
+    """SiLU of the layer norm of x [..., C], differentiable twice; None where PyTorch has to run.
+
+    Args:
+        x: features.
+        weight: [C]; the result has its dtype.
+        bias: [C].
+        epsilon: is added to mean squares.
+    """
+    if not usable("radial functions' layer norms", x, weight, bias):
+        return None
+    from fairchem_equiformer.ops.triton import radial
+
+    rows = x.reshape(-1, x.shape[-1])
+    found = radial.norm_silu(radial.NormSiLUKernels(epsilon), rows, weight, bias)
+    return found.view(x.shape)
 
 
 def sum_over_edges(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fairchem_equiformer.ops.triton.functions import standardised, standardised_grad
 from fairchem_equiformer.ops.triton.launch import items_contiguous, launch
 
 _BLOCK_EDGES = 32
@@ -33,17 +34,14 @@ def _normalised(
     """What the leaky ReLU reads [BLOCK_E, BLOCK_A], and what it was made of.
 
     Returns:
-        LN(s), or s; before weight and bias; 1 / standard deviation [BLOCK_E]; weight [BLOCK_A].
+        LN(s), or s; before weight and bias; 1 / standard deviation [BLOCK_E, 1]; weight [BLOCK_A].
     """
     found = scalars + edge[:, None] * stride + head * channels + a[None, :]
     s = tl.load(found, mask=inside, other=0.0).to(tl.float32)
-    normal, inverse_std = s, tl.zeros_like(edge).to(tl.float32)
+    normal, inverse_std = s, tl.zeros_like(edge).to(tl.float32)[:, None]
     gain = tl.zeros_like(a).to(tl.float32)
     if NORM:
-        mean = tl.sum(s, axis=1) / channels
-        normal = tl.where(inside, s - mean[:, None], 0.0)
-        inverse_std = 1 / tl.sqrt(tl.sum(normal * normal, axis=1) / channels + epsilon)
-        normal = normal * inverse_std[:, None]
+        normal, inverse_std = standardised(s, inside, channels, epsilon)
         gain = tl.load(weight + a, mask=in_a, other=0.0).to(tl.float32)
         shift = tl.load(bias + a, mask=in_a, other=0.0).to(tl.float32)
         s = normal * gain[None, :] + shift[None, :]
@@ -128,10 +126,7 @@ def logits_backward(
     if NORM:
         tl.store(own, tl.sum(s_grad * normal, axis=0), mask=in_a)
         tl.store(own + channels, tl.sum(s_grad, axis=0), mask=in_a)
-        s_grad = s_grad * gain[None, :]
-        straight = tl.sum(s_grad, axis=1) / channels
-        along = tl.sum(s_grad * normal, axis=1) / channels
-        s_grad = (s_grad - straight[:, None] - normal * along[:, None]) * inverse_std[:, None]
+        s_grad = standardised_grad(s_grad * gain[None, :], normal, inverse_std, channels)
     found = scalars_grad + (edge[:, None] * num_heads + head) * channels + a[None, :]
     tl.store(found, s_grad, mask=inside)
 

@@ -1,8 +1,9 @@
-"""Separable layer norm: layer norm on l = 0, one RMS for all l > 0, and its gradients.
+"""Equivariant norms (ops/norm.py) and their gradients.
 
-A program holds all coefficients and channels of an atom in registers, so that each number is read
-once and written once. The gradients of weights and bias are summed by each program over its atoms,
-and then over the programs in a fixed order.
+They centre l = 0 and differ in which degrees share a mean square, their group: each degree its own,
+l = 0 and all others, or all together. A program holds all coefficients and channels of an atom in
+registers, so that each number is read once and written once. The gradients of weights and bias are
+summed by each program over its atoms, and then over the programs in a fixed order.
 """
 
 from functools import cache
@@ -22,9 +23,9 @@ _PER_WARP = 512  # numbers: 16 registers of each thread, and several times as ma
 
 @triton.jit
 def _normal(
-    x,
+    x,  # of this atom
     share,
-    atom,
+    group,
     num_coefficients,
     channels,
     epsilon,
@@ -34,48 +35,43 @@ def _normal(
     """An atom's features over their standard deviation [BLOCK_K, BLOCK_C], l = 0 centred.
 
     Returns:
-        These; the inverse of the deviation and the share in the mean square [BLOCK_K, 1]; where
-        they are in the tensor; which exist; which are scalars.
+        These; the inverse of the deviation [BLOCK_K, 1]; the share in the mean square [BLOCK_K];
+        which exist.
     """
     k, c = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_C)[None, :]
     inside = (k < num_coefficients) & (c < channels)
-    scalar = inside & (k == 0)
-    place = atom * num_coefficients * channels + k * channels + c
-    features = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(tl.where(scalar, features, 0.0), axis=1), axis=0) / channels
-    features = tl.where(scalar, features - mean, features)
-    part = tl.load(share + k, mask=k < num_coefficients, other=0.0)
-    squares = tl.sum(features * features, axis=1)[:, None] * part
-    inverse_std = 1 / tl.sqrt(_of_its_kind(squares, k) + epsilon)
-    return features * inverse_std, inverse_std, part, place, inside, scalar
+    features = tl.load(x + k * channels + c, mask=inside, other=0.0).to(tl.float32)
+    features = tl.where(inside, features - _mean_of_scalars(features, channels, BLOCK_K), 0.0)
+    row = tl.arange(0, BLOCK_K)
+    part = tl.load(share + row, mask=row < num_coefficients, other=0.0)
+    squares = part * tl.sum(features * features, axis=1)
+    mean_square = _of_its_group(squares, group, num_coefficients, BLOCK_K)
+    inverse_std = 1 / tl.sqrt(mean_square + epsilon)
+    return features * inverse_std, inverse_std, part, inside
 
 
 @triton.jit
-def _of_its_kind(terms, k):
-    """The term of l = 0, and the sum of those of l > 0 for each of these: [BLOCK_K, 1]."""
-    of_scalars = tl.sum(tl.where(k == 0, terms, 0.0), axis=0)
-    of_vectors = tl.sum(tl.where(k == 0, 0.0, terms), axis=0)
-    return tl.where(k == 0, of_scalars[None, :], of_vectors[None, :])
+def _mean_of_scalars(x, channels, BLOCK_K: tl.constexpr):
+    """Mean over the channels of l = 0, and 0 for l > 0: [BLOCK_K, 1]."""
+    mean = tl.sum(x, axis=1) / channels
+    return tl.where(tl.arange(0, BLOCK_K) == 0, mean, 0.0)[:, None]
 
 
 @triton.jit
-def _gain(
-    weight,
-    affine,
-    degree,
-    num_coefficients,
-    channels,
-    scalar,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def _of_its_group(terms, group, num_coefficients, BLOCK_K: tl.constexpr):
+    """The sum over its group for each of some terms [BLOCK_K]: [BLOCK_K, 1]."""
+    k = tl.arange(0, BLOCK_K)
+    own = tl.load(group + k, mask=k < num_coefficients, other=-1)
+    together = own[:, None] == own[None, :]
+    return tl.sum(tl.where(together, terms[None, :], 0.0), axis=1)[:, None]
+
+
+@triton.jit
+def _gain(weight, affine, degree, num_coefficients, channels, k, c, inside):
     """Weights of an atom's features: of l = 0, and of each degree after it."""
-    k, c = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_C)[None, :]
-    vector = (k > 0) & (k < num_coefficients)
-    row = tl.load(degree + k, mask=vector, other=1) - 1
-    of_vectors = tl.load(affine + row * channels + c, mask=vector & (c < channels), other=0.0)
-    of_scalars = tl.load(weight + c + 0 * k, mask=scalar, other=0.0)
-    return of_vectors.to(tl.float32) + of_scalars.to(tl.float32)
+    row = tl.load(degree + k, mask=k < num_coefficients, other=0)
+    of_degree = tl.where(row == 0, weight + 0 * row, affine + (row - 1) * channels)
+    return tl.load(of_degree + c, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -86,6 +82,7 @@ def norm_forward(
     bias,
     affine,  # [lmax, C]
     share,  # [K], in the mean square
+    group,  # [K], of those with the same mean square
     degree,  # [K]
     num_coefficients,
     channels,
@@ -94,14 +91,14 @@ def norm_forward(
     BLOCK_C: tl.constexpr,
 ):
     """y = x / deviation * weight + bias, for one atom."""
-    atom = tl.program_id(0).to(tl.int64)
-    normal, _, _, place, inside, scalar = _normal(
-        x, share, atom, num_coefficients, channels, epsilon, BLOCK_K, BLOCK_C
-    )
-    gain = _gain(weight, affine, degree, num_coefficients, channels, scalar, BLOCK_K, BLOCK_C)
     k, c = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_C)[None, :]
-    shift = tl.load(bias + c + 0 * k, mask=scalar, other=0.0).to(tl.float32)
-    tl.store(out + place, normal * gain + shift, mask=inside)
+    start = tl.program_id(0).to(tl.int64) * num_coefficients * channels
+    normal, _, _, inside = _normal(
+        x + start, share, group, num_coefficients, channels, epsilon, BLOCK_K, BLOCK_C
+    )
+    gain = _gain(weight, affine, degree, num_coefficients, channels, k, c, inside)
+    shift = tl.load(bias + c + 0 * k, mask=inside & (k == 0), other=0.0).to(tl.float32)
+    tl.store(out + start + k * channels + c, normal * gain + shift, mask=inside)
 
 
 @triton.jit
@@ -113,6 +110,7 @@ def norm_backward(
     weight,  # [C], of l = 0
     affine,  # [lmax, C]
     share,  # [K], in the mean square
+    group,  # [K], of those with the same mean square
     degree,  # [K]
     atoms,
     num_coefficients,
@@ -124,38 +122,49 @@ def norm_backward(
 ):
     """Gradients of x, and of weights and bias summed over some atoms."""
     program = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)[:, None]
+    k, c = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
     bias_total = tl.zeros([BLOCK_C], tl.float32)
     for atom in range(program, atoms, tl.num_programs(0)):
-        normal, inverse_std, part, place, inside, scalar = _normal(
-            x, share, atom, num_coefficients, channels, epsilon, BLOCK_K, BLOCK_C
+        start = atom * num_coefficients * channels
+        normal, inverse_std, part, inside = _normal(
+            x + start, share, group, num_coefficients, channels, epsilon, BLOCK_K, BLOCK_C
         )
-        gain = _gain(weight, affine, degree, num_coefficients, channels, scalar, BLOCK_K, BLOCK_C)
-        flow = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        flow = tl.load(grad + start + k * channels + c, mask=inside, other=0.0).to(tl.float32)
         total += flow * normal
-        bias_total += tl.sum(tl.where(scalar, flow, 0.0), axis=0)
-        flow = flow * gain
-        straight = tl.sum(tl.sum(tl.where(scalar, flow, 0.0), axis=1), axis=0) / channels
-        along = part * _of_its_kind(tl.sum(flow * normal, axis=1)[:, None], k)
-        flow = tl.where(scalar, flow - straight, flow) - along * normal
-        tl.store(x_grad + place, flow * inverse_std, mask=inside)
+        bias_total += tl.sum(tl.where(k == 0, flow, 0.0), axis=0)
+        flow *= _gain(weight, affine, degree, num_coefficients, channels, k, c, inside)
+        straight = _mean_of_scalars(flow, channels, BLOCK_K)
+        along = tl.sum(flow * normal, axis=1)
+        along = part[:, None] * _of_its_group(along, group, num_coefficients, BLOCK_K)
+        flow = (flow - straight - along * normal) * inverse_std
+        tl.store(x_grad + start + k * channels + c, flow, mask=inside)
     of_row = tl.load(degree + k, mask=k < num_coefficients, other=-1)
     in_c = tl.arange(0, BLOCK_C) < channels
-    own = sums + program * (num_degrees + 1) * channels + tl.arange(0, BLOCK_C)
+    found = sums + program * (num_degrees + 1) * channels + tl.arange(0, BLOCK_C)
     for i in range(num_degrees):
-        tl.store(own + i * channels, tl.sum(tl.where(of_row == i, total, 0.0), axis=0), mask=in_c)
-    tl.store(own + num_degrees * channels, bias_total, mask=in_c)
+        tl.store(found + i * channels, tl.sum(tl.where(of_row == i, total, 0.0), axis=0), mask=in_c)
+    tl.store(found + num_degrees * channels, bias_total, mask=in_c)
+
+
+# Which degrees have one mean square: the group of each.
+_GROUP = {
+    "layer_norm": lambda degree: degree,
+    "layer_norm_sh": lambda degree: min(degree, 1),
+    "rms_norm_sh": lambda degree: 0,  # noqa: ARG005
+}
 
 
 @cache
-def _tables(lmax: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each coefficient's share in the mean square, and its degree: [K] both."""
+def _tables(kind: str, lmax: int, channels: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Each coefficient's share in the mean square, its group and its degree: [K] all."""
+    groups = [_GROUP[kind](degree) for degree in range(lmax + 1)]
     degrees = [degree for degree in range(lmax + 1) for _ in range(2 * degree + 1)]
-    shares = [1 / channels / ((2 * d + 1) * lmax if d else 1) for d in degrees]
+    shares = [1 / channels / ((2 * d + 1) * groups.count(groups[d])) for d in degrees]
     with torch.inference_mode(mode=False):  # they outlive the mode that they are made in
         return (
             torch.tensor(shares, dtype=torch.float32, device=device),
+            torch.tensor([groups[d] for d in degrees], dtype=torch.int32, device=device),
             torch.tensor(degrees, dtype=torch.int32, device=device),
         )
 
@@ -168,9 +177,10 @@ def norm_blocks(num_coefficients: int, channels: int) -> dict[str, int]:
 
 
 class NormKernels:
-    """Separable layer norm of features [N, (lmax + 1)^2, C]."""
+    """A norm of features [N, (lmax + 1)^2, C], of one of the kinds of ops/norm.py."""
 
-    def __init__(self, lmax: int, epsilon: float) -> None:
+    def __init__(self, kind: str, lmax: int, epsilon: float) -> None:
+        self.kind = kind
         self.lmax = lmax
         self.epsilon = epsilon
 
@@ -182,7 +192,8 @@ class NormKernels:
             norm_forward,
             (atoms,),
             *(out, x, weight.contiguous(), bias.contiguous(), affine.contiguous()),
-            *(*_tables(self.lmax, channels, x.device), num_coefficients, channels, self.epsilon),
+            *_tables(self.kind, self.lmax, channels, x.device),
+            *(num_coefficients, channels, self.epsilon),
             **norm_blocks(num_coefficients, channels),
         )
         return out
@@ -198,15 +209,15 @@ class NormKernels:
             norm_backward,
             (programs,),
             *(x_grad, sums, grad, x, weight.contiguous(), affine.contiguous()),
-            *(*_tables(self.lmax, channels, x.device), atoms, num_coefficients, channels, degrees),
-            self.epsilon,
+            *_tables(self.kind, self.lmax, channels, x.device),
+            *(atoms, num_coefficients, channels, degrees, self.epsilon),
             **norm_blocks(num_coefficients, channels),
         )
         totals = sums.sum(0).to(weight.dtype)
         return x_grad, totals[0], totals[-1], totals[1:-1]
 
 
-class _SeparableLayerNorm(torch.autograd.Function):
+class _Norm(torch.autograd.Function):
     """Keeps its input alone, and the weights."""
 
     @staticmethod
@@ -224,9 +235,7 @@ class _SeparableLayerNorm(torch.autograd.Function):
         return None, *ctx.kernels.backward(x, weight, affine, grad)
 
 
-def separable_layer_norm(
-    kernels: NormKernels, x: Tensor, weight: Tensor, bias: Tensor, affine: Tensor
-) -> Tensor:
+def norm(kernels: NormKernels, x: Tensor, weight: Tensor, bias: Tensor, affine: Tensor) -> Tensor:
     """:meth:`NormKernels.forward`, differentiable."""
-    out: Tensor = _SeparableLayerNorm.apply(kernels, x, weight, bias, affine)
+    out: Tensor = _Norm.apply(kernels, x, weight, bias, affine)
     return out
