@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from fairchem_equiformer.graph.batch import Batch
 from fairchem_equiformer.models.dens import (
@@ -57,6 +59,7 @@ KEYS = {
     "proj_drop": 0.2,
     "edges_per_chunk": 20,
 }
+NO_DROPOUT = {"alpha_drop": 0.0, "drop_path_rate": 0.0, "proj_drop": 0.0}
 OPTIONS = {
     "separable grid MLP": {},
     "gate": {"use_gate_act": True, "use_grid_mlp": False, "norm_type": "rms_norm_sh"},
@@ -243,7 +246,7 @@ def test_a_compiled_training_step_of_any_sizes():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_a_training_step_compiled_by_inductor():
     """Without dropout, for which it draws other numbers."""
-    model = flat(alpha_drop=0.0, drop_path_rate=0.0, proj_drop=0.0)
+    model = flat(**NO_DROPOUT)
     function = torch.compile(OnGraph(model), backend="inductor", fullgraph=True)
     for data in (batch(1, 9), batch(2, 6)):
         inputs = OnGraph(model).inputs(data)
@@ -257,7 +260,25 @@ def test_a_training_step_compiled_by_inductor():
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_compiled_training_steps_in_bfloat16(options):
     """Not by AOTAutograd, which rounds between a product and its bias."""
-    train(flat(**options), "eager", torch.bfloat16)
+    recomputed = options.get("activation_checkpoint", False)
+    without = NO_DROPOUT if recomputed and not draws_the_same_again() else {}
+    train(flat(**options, **without), "eager", torch.bfloat16)
+
+
+def draws_the_same_again() -> bool:
+    """Whether Dynamo alone gives a checkpoint that is computed again the dropout of the first time.
+
+    torch 2.13 does not, whose gradients are then those of another function; torch 2.4 does, and so
+    does AOTAutograd with either.
+    """
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda x: F.dropout(x * x), x, use_reentrant=False)
+
+    x = torch.ones(64, requires_grad=True)
+    out = torch.compile(dropped, backend="eager", fullgraph=True)(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    return torch.equal(gradient != 0, out != 0)
 
 
 @pytest.mark.long
