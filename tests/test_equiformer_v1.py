@@ -26,7 +26,7 @@ from fairchem_equiformer.nn.radial import (
 )
 from fairchem_equiformer.ops.edges import NodeShare
 from fairchem_equiformer.so3.harmonics import harmonics
-from fairchem_equiformer.so3.irreps import blocks
+from fairchem_equiformer.so3.irreps import blocks, places
 from tests.conformance import Conformance, predict
 from tests.models import random_loss, results, scatter_weights
 from tests.reference_v1 import Reference
@@ -344,7 +344,7 @@ class TestInitialization:
         gate = Gate(irreps)
         gated = gate(torch.randn(500, gate.irreps_in.dim))
         for name, out in (("linear", linear(x)), ("norm", normalised), ("gate", gated)):
-            for part in blocks(out, irreps):
+            for part in blocks(out, places(irreps)):
                 assert part.square().mean().item() == pytest.approx(1, abs=0.06), name
         assert linear(x).mean().abs() < 0.05
 
@@ -353,7 +353,7 @@ class TestInitialization:
         product = TensorProduct(irreps, sh, irreps)
         directions = harmonics(torch.randn(2000, 3), 2)
         out = product(torch.randn(2000, irreps.dim), directions)
-        for part in blocks(out, product.irreps_out):
+        for part in blocks(out, places(product.irreps_out)):
             assert part.square().mean().item() == pytest.approx(1, abs=0.25)
 
     @pytest.mark.parametrize(

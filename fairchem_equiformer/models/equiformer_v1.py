@@ -58,6 +58,7 @@ class Equiformer(Model):
         self.otf_graph = config.otf_graph
         self.regress_forces = config.regress_forces
         irreps, feature = config.irreps("irreps_node_embedding"), config.irreps("irreps_feature")
+        self._lmax = config.irreps("irreps_sh").lmax
         scalars = channels_of(irreps, SCALAR)
         self.atom_embedding = KindEmbedding(config.max_num_elements, scalars)
         self.tag_embedding = KindEmbedding(NUM_TAGS, scalars) if config.use_tag_embedding else None
@@ -126,17 +127,25 @@ class Equiformer(Model):
         Raises:
             ValueError: if forces are the energy's derivative.
         """
+        self.refuse_derivatives()
+        return self._predict(graph, at_once=True)
+
+    def refuse_derivatives(self) -> None:
+        """Check that a graph is enough to predict from.
+
+        Raises:
+            ValueError: if forces are the energy's derivative.
+        """
         if self.config.gradient_forces:
             raise ValueError(
                 "forces that are the energy's derivative by the positions do not follow from a"
                 " graph: direct_forces must be True, or regress_forces False"
             )
-        return self._predict(graph, at_once=True)
 
     def _predict(
         self, graph: EdgeGraph, *, twice: bool = False, at_once: bool = False
     ) -> dict[str, Tensor]:
-        """What is no derivative; ``twice`` and ``at_once`` as of irreps_edges."""
+        """What is no derivative; ``twice`` as of irreps_edges, ``at_once`` without chunks."""
         config = self.config
         share = self.node_share(graph)
         if share is not None and config.gradient_forces:
@@ -146,12 +155,11 @@ class Equiformer(Model):
             )
         edges = irreps_edges(
             graph,
-            config.irreps("irreps_sh"),
+            self._lmax,
             self.distance_expansion,
             self.norm.weight.dtype,
-            max_edges=self.edges_at_once(graph.vector.device),
+            max_edges=None if at_once else self.edges_at_once(graph.vector.device),
             twice=twice,
-            at_once=at_once,
             smooth_within=config.max_radius if config.smooth_cutoff else None,
             share=share,
         )

@@ -36,7 +36,7 @@ class OnGraph(nn.Module):
     """A model whose arguments are what :meth:`inputs` makes of a batch.
 
     Args:
-        model: flat, or with heads by name; for export alone, Equiformer (V1). Shared, not copied.
+        model: flat, or with heads by name, or Equiformer (V1). Shared, not copied.
     """
 
     def __init__(self, model: EquiformerV2 | EquiformerV2Hydra | Equiformer) -> None:
@@ -48,8 +48,11 @@ class OnGraph(nn.Module):
 
         Raises:
             StructureError: for bad input, a ValueError that names structure and value.
+            ValueError: for a model whose forces are the energy's derivative.
         """
         base = self.model.base
+        if isinstance(base, Equiformer):
+            base.refuse_derivatives()
         graph = base.read(data)
         most = base.edges_at_once(graph.vector.device)
         table = table_of(target_chunks(graph.target_ptr, most))
@@ -72,8 +75,6 @@ class OnGraph(nn.Module):
         counts = {"target_ptr": atoms + 1, "natoms": Dim("structures"), "chunks": Dim("chunks")}
         counts |= dict.fromkeys(_OF_ATOMS, atoms)
         sizes = {name: {0: counts.get(name, edges)} for name in inputs}
-        if isinstance(self.model, Equiformer):  # Dynamo does not understand e3nn's irreps
-            return export(self, (), inputs, dynamic_shapes=sizes, strict=False)
         return export(self, (), inputs, dynamic_shapes=sizes)
 
     def forward(

@@ -29,6 +29,7 @@ from fairchem_equiformer.ops import library, native
 from fairchem_equiformer.ops.native import DepthwiseKernels
 from fairchem_equiformer.ops.segments import take
 from fairchem_equiformer.so3.depthwise import DepthwisePaths, depthwise_paths
+from fairchem_equiformer.so3.irreps import Place, width
 
 
 class Ends(NamedTuple):
@@ -131,12 +132,12 @@ def _product(
     x: Tensor, matrices: Tensor, weights: Tensor, paths: DepthwisePaths, *, channels_last: bool
 ) -> Tensor:
     """In PyTorch, for every device and dtype; ``matrices`` [E, entries] of the paths."""
-    features = _components_first(x, paths.irreps_in, channels_last=channels_last)
-    parts: list[list[Tensor]] = [[] for _ in paths.irreps_out]
+    features = _components_first(x, paths.places_in, channels_last=channels_last)
+    parts: list[list[Tensor]] = [[] for _ in paths.places_out]
     for path, weight, columns in zip(
         paths.paths, paths.weight_slices, paths.coupling_slices, strict=True
     ):
-        size = paths.irreps_out[path.out].ir.dim
+        size = paths.places_out[path.out].dim
         coupled = matrices[:, columns].unflatten(1, (size, -1)) @ features[path.feature]
         weighted = coupled * weights[..., None, weight]
         parts[path.out].append(weighted if channels_last else weighted.transpose(1, 2))
@@ -221,15 +222,15 @@ class _Gradient(torch.autograd.Function):
         return None, None, None, grad_grad, matrices_grad, weights_grad, *rows_grads
 
 
-def _components_first(x: Tensor, irreps: o3.Irreps, *, channels_last: bool) -> list[Tensor]:
+def _components_first(x: Tensor, places: tuple[Place, ...], *, channels_last: bool) -> list[Tensor]:
     """Each irrep of x as [E, 2l + 1, channels]."""
     found = []
-    for (mul, ir), columns in zip(irreps, irreps.slices(), strict=True):
+    for _, dim, channels, columns in places:
         part = x[:, columns]
         if channels_last:
-            found.append(part.unflatten(1, (ir.dim, mul)))
+            found.append(part.unflatten(1, (dim, channels)))
         else:
-            found.append(part.unflatten(1, (mul, ir.dim)).transpose(1, 2))
+            found.append(part.unflatten(1, (channels, dim)).transpose(1, 2))
     return found
 
 
@@ -263,12 +264,12 @@ def _named(x: Tensor | Ends) -> list[tuple[str, Tensor, Tensor | None]]:
 def _check(x: Tensor | Ends, harmonics: Tensor, weights: Tensor, paths: DepthwisePaths) -> None:
     edges = harmonics.shape[0]
     wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "harmonics": (harmonics, (edges, paths.irreps_sh.dim))
+        "harmonics": (harmonics, (edges, width(paths.places_sh)))
     }
     for name, rows, index in _named(x):
         wanted[f"{name}features"] = (
             rows,
-            (edges if index is None else rows.shape[0], paths.irreps_in.dim),
+            (edges if index is None else rows.shape[0], width(paths.places_in)),
         )
         if index is not None:
             wanted[f"indices of {name}features"] = index, (edges,)

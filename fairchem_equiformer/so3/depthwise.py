@@ -9,13 +9,15 @@ Conventions are those of e3nn, with ``irrep_normalization="component"`` and
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from e3nn import o3
 from torch import Tensor
+
+from fairchem_equiformer.so3.irreps import Place, places
 
 MAX_DEGREE = 11  # e3nn has harmonics to this degree
 
@@ -42,25 +44,16 @@ class DepthwisePaths:
     irreps_out: o3.Irreps
     paths: tuple[Path, ...]
     names: tuple[str, str, str]  # of the irreps
-
-    @cached_property
-    def weight_slices(self) -> tuple[slice, ...]:
-        """Weights of each path."""
-        return _slices(self.irreps_in[path.feature].mul for path in self.paths)
+    weight_slices: tuple[slice, ...] = field(compare=False)  # of each path
+    coupling_slices: tuple[slice, ...] = field(compare=False)  # columns of couplings()
+    places_in: tuple[Place, ...] = field(compare=False)
+    places_sh: tuple[Place, ...] = field(compare=False)
+    places_out: tuple[Place, ...] = field(compare=False)
 
     @property
     def weight_numel(self) -> int:
         """Number of weights: one for each path and channel."""
         return self.weight_slices[-1].stop if self.paths else 0
-
-    @cached_property
-    def coupling_slices(self) -> tuple[slice, ...]:
-        """Columns of :meth:`couplings` of each path."""
-        sizes = (
-            self.irreps_in[path.feature].ir.dim * self.irreps_out[path.out].ir.dim
-            for path in self.paths
-        )
-        return _slices(sizes)
 
     def couplings(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What the harmonics are multiplied with to give each path's matrix.
@@ -112,8 +105,21 @@ def depthwise_paths(
         paths.append(Path(a, b, order.index(ir), channels[ir]))
         channels[ir] += mul
     irreps_out = o3.Irreps([(channels[ir], ir) for ir in order])
-    names = str(irreps_in), str(irreps_sh), str(irreps_out)
-    return DepthwisePaths(irreps_in, irreps_sh, irreps_out, tuple(paths), names)
+    read = [irreps_in[path.feature] for path in paths]
+    return DepthwisePaths(
+        irreps_in,
+        irreps_sh,
+        irreps_out,
+        tuple(paths),
+        names=(str(irreps_in), str(irreps_sh), str(irreps_out)),
+        weight_slices=_slices(mul for mul, _ in read),
+        coupling_slices=_slices(
+            ir.dim * irreps_out[path.out].ir.dim for (_, ir), path in zip(read, paths, strict=True)
+        ),
+        places_in=places(irreps_in),
+        places_sh=places(irreps_sh),
+        places_out=places(irreps_out),
+    )
 
 
 @cache

@@ -3,11 +3,15 @@
 A row holds one irrep after the other. Within an irrep components come first, [2l + 1, channels],
 unlike in e3nn, where those of a channel are side by side: so a linear layer over channels is one
 matrix product on the rows, without a transposition. Components are ordered as e3nn's.
+
+Modules are made of e3nn's irreps and run on :func:`places`: names and numbers, which
+``torch.compile`` can follow where it cannot follow the classes of e3nn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from e3nn import o3
@@ -17,13 +21,36 @@ SCALAR = o3.Irrep(0, 1)
 """What rotations and the inversion leave alone."""
 
 
-def blocks(x: Tensor, irreps: o3.Irreps) -> list[Tensor]:
+class Place(NamedTuple):
+    """Where an irrep stands in a row."""
+
+    irrep: str  # as "1e"
+    dim: int  # components, 2l + 1
+    channels: int
+    columns: slice
+
+
+def places(irreps: o3.Irreps) -> tuple[Place, ...]:
+    """Of each irrep of a row."""
+    found = zip(irreps, irreps.slices(), strict=True)
+    return tuple(Place(str(ir), ir.dim, mul, columns) for (mul, ir), columns in found)
+
+
+def width(places: Sequence[Place]) -> int:
+    """Numbers of a row."""
+    return places[-1].columns.stop if places else 0
+
+
+def blocks(x: Tensor, places: Sequence[Place]) -> list[Tensor]:
     """Each irrep of features [n, irreps.dim]: views [n, 2l + 1, channels].
 
     Taken in one operation, whose gradient is written once; that of each slice has the size of all.
     """
-    parts = x.split([mul * ir.dim for mul, ir in irreps], dim=1)
-    return [part.unflatten(1, (ir.dim, mul)) for part, (mul, ir) in zip(parts, irreps, strict=True)]
+    parts = x.split([place.dim * place.channels for place in places], dim=1)
+    return [
+        part.unflatten(1, (place.dim, place.channels))
+        for part, place in zip(parts, places, strict=True)
+    ]
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:

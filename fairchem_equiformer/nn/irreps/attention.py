@@ -28,7 +28,7 @@ from fairchem_equiformer.ops.depthwise_tensor_product import Ends
 from fairchem_equiformer.ops.head_sums import Targets, head_dot, head_sum
 from fairchem_equiformer.ops.over_chunks import Part
 from fairchem_equiformer.ops.segments import segment_softmax, segment_sum, take
-from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, copies, joined
+from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, copies, joined, places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,7 @@ class NonLinearMessage(Message):
         self.logits = MLPLogits(config.num_heads, config.alpha_channels)
         gate = Gate(config.irreps)
         self.linear = IrrepsLinear(irreps_in, gate.irreps_in)
+        self._places = places(irreps_in)
         self.gate = gate
         self.product = TensorProduct(config.irreps, config.irreps_sh, config.irreps_values)
         self.value = IrrepsLinear(self.product.irreps_out, config.irreps_values)
@@ -135,7 +136,7 @@ class NonLinearMessage(Message):
         twice: bool,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Message`."""
-        parts = blocks(m, self.linear.irreps_in)
+        parts = blocks(m, self._places)
         logits = self.logits(self.alpha.of_blocks(parts), twice=twice)
         return logits, self.product(self.gate(self.linear.of_blocks(parts)), harmonics)
 
@@ -182,6 +183,7 @@ class DotProductMessage(Message):
     ) -> None:
         super().__init__()
         self.irreps = config.irreps_values
+        self._places = places(self.irreps)
         self.num_heads = config.num_heads
         self.irreps_per_head = config.irreps_head.num_irreps
         self.query = IrrepsLinear(irreps_x, self.irreps)
@@ -198,8 +200,8 @@ class DotProductMessage(Message):
 
     def rows(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries [rows, irreps.dim]."""
-        parts = blocks(self.query(x), self.irreps)
-        return (joined(p / math.sqrt(self.irreps_per_head * p.shape[1]) for p in parts),)
+        parts = blocks(self.query(x), self._places)
+        return (joined([p / math.sqrt(self.irreps_per_head * p.shape[1]) for p in parts]),)
 
     def forward(
         self,
@@ -212,7 +214,7 @@ class DotProductMessage(Message):
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Message`."""
         (queries,) = rows
-        taken_through = self.key_value.through(queries, self.irreps, self.num_heads)
+        taken_through = self.key_value.through(queries, self._places, self.num_heads)
         return head_dot(m, taken_through.to(m.dtype), targets), m
 
 
@@ -247,6 +249,7 @@ class GraphAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.irreps_values = config.irreps_values
+        self._values = places(config.irreps_values)
         self.source = IrrepsLinear(irreps_in, config.irreps)
         self.target = IrrepsLinear(irreps_in, config.irreps, bias=False)
         self.product = RadialTensorProduct(
@@ -300,4 +303,4 @@ class GraphAttention(nn.Module):
             alpha = alpha * others[0]  # dropout
         sums = head_sum(alpha.to(x.dtype), x, targets)
         total = segment_sum(alpha, part.target, part.num_rows)
-        return self.message.values.of_heads(sums, total, self.irreps_values)
+        return self.message.values.of_heads(sums, total, self._values)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from e3nn import o3
 from torch import Tensor
 
 from fairchem_equiformer.graph.edge_graph import EdgeGraph
@@ -90,13 +89,12 @@ class IrrepsEdges:
 
 def irreps_edges(
     graph: EdgeGraph,
-    irreps_sh: o3.Irreps,
+    lmax: int,
     expansion: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     *,
-    max_edges: int,
+    max_edges: int | None,
     twice: bool = False,
-    at_once: bool = False,
     smooth_within: float | None = None,
     share: NodeShare | None = None,
 ) -> IrrepsEdges:
@@ -104,19 +102,19 @@ def irreps_edges(
 
     Args:
         graph: sorted by target.
-        irreps_sh: of the harmonics, every degree once.
+        lmax: highest degree of the harmonics, every degree once.
         expansion: the radial basis, of distances in Angstrom.
         dtype: of the features.
-        max_edges: of a chunk.
+        max_edges: of a chunk; None for all edges at once, so that the host reads nothing of the
+            graph.
         twice: see :class:`IrrepsEdges`.
-        at_once: no chunks, either; the host then reads nothing of the graph.
         smooth_within: Angstrom, the cutoff at which edges' weights go to zero, if they do.
         share: the atoms whose features are computed here, by default all.
     """
     rows = slice(0, graph.num_nodes) if share is None else share.rows
     chunks: tuple[Chunk, ...] = ()
     kept = slice(0, graph.num_edges)
-    if not at_once:
+    if max_edges is not None:
         pointers = graph.target_ptr[rows.start : rows.stop + 1].cpu()  # the host waits once
         kept = slice(int(pointers[0]), int(pointers[-1]))
         if not twice:
@@ -126,12 +124,12 @@ def irreps_edges(
         source=graph.source[kept],
         target=graph.target[kept] - rows.start,
         basis=expansion(distance),
-        harmonics=_harmonics(graph.vector[kept], irreps_sh.lmax).to(dtype),
+        harmonics=_harmonics(graph.vector[kept], lmax).to(dtype),
         batch=graph.batch[rows],
         num_graphs=graph.num_graphs,
         rows=rows,
         chunks=chunks,
-        twice=twice or at_once,
+        twice=twice or max_edges is None,
         envelope=None if smooth_within is None else envelope(distance / smooth_within, 6),
         share=share,
     )

@@ -38,7 +38,7 @@ class IrrepsEdgeDegreeEmbedding(nn.Module):
 
     def __init__(self, config: IrrepsAttentionConfig, average_degree: float) -> None:
         super().__init__()
-        self.irreps = config.irreps
+        self.width = config.irreps.dim
         self.scalars = KindEmbedding(1, channels_of(config.irreps, SCALAR))
         self.product = RadialTensorProduct(
             config.irreps, config.irreps_sh, config.irreps, config.num_basis, config.edge_channels
@@ -49,7 +49,7 @@ class IrrepsEdgeDegreeEmbedding(nn.Module):
     def forward(self, edges: IrrepsEdges) -> Tensor:
         """[rows, irreps.dim]."""
         scalars = self.scalars(edges.source.new_zeros(1))
-        x = nn.functional.pad(scalars, (0, self.irreps.dim - scalars.shape[1]))
+        x = nn.functional.pad(scalars, (0, self.width - scalars.shape[1]))
         harmonics = edges.harmonics
         if edges.envelope is not None:  # the products are linear in them
             harmonics = harmonics * edges.envelope[:, None]

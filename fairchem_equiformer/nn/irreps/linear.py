@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from e3nn import o3
 from torch import Tensor, nn
 
 from fairchem_equiformer.ops.linear import linear
-from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, joined
+from fairchem_equiformer.so3.irreps import SCALAR, Place, blocks, channels_of, joined, places
+
+_SCALAR = str(SCALAR)
 
 
 class IrrepsLinear(nn.Module):
@@ -30,6 +33,7 @@ class IrrepsLinear(nn.Module):
     def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, *, bias: bool = True) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = irreps_in, irreps_out
+        self._in, self._out = places(irreps_in), places(irreps_out)
         self.weight = nn.ParameterDict()
         for mul, ir in irreps_out:
             inputs = channels_of(irreps_in, ir)
@@ -47,7 +51,7 @@ class IrrepsLinear(nn.Module):
             terms: [n], of how many rows each is the sum: so many times the bias is added. By
                 default once.
         """
-        return self.of_blocks(blocks(x, self.irreps_in), terms)
+        return self.of_blocks(blocks(x, self._in), terms)
 
     def of_blocks(self, inputs: list[Tensor], terms: Tensor | None = None) -> Tensor:
         """As :meth:`forward`, of the input's irreps [n, 2l + 1, channels], which others read too.
@@ -55,32 +59,36 @@ class IrrepsLinear(nn.Module):
         The gradients of all readers are then added up irrep by irrep.
         """
         parts = []
-        for mul, ir in self.irreps_out:
-            own = [part for part, (_, k) in zip(inputs, self.irreps_in, strict=True) if k == ir]
-            bias = self.bias if ir == SCALAR else None
+        for place in self._out:
+            own = [
+                part
+                for part, read in zip(inputs, self._in, strict=True)
+                if read.irrep == place.irrep
+            ]
+            bias = self.bias if place.irrep == _SCALAR else None
             once = bias if terms is None else None
             x = inputs[0]
-            parts.append(self._of(own, ir, once) if own else x.new_zeros(x.shape[0], ir.dim, mul))
+            zeros = x.shape[0], place.dim, place.channels
+            parts.append(self._of(own, place.irrep, once) if own else x.new_zeros(zeros))
             if terms is not None and bias is not None:
                 parts[-1] = parts[-1] + (terms[:, None] * bias)[:, None]
         return joined(parts)
 
-    def _of(self, inputs: list[Tensor], ir: o3.Irrep, bias: Tensor | None) -> Tensor:
+    def _of(self, inputs: list[Tensor], irrep: str, bias: Tensor | None) -> Tensor:
         """One irrep [n, 2l + 1, channels]."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=2)
-        return linear(x, self.weight[str(ir)], bias)
+        return linear(x, self.weight[irrep], bias)
 
     def first(self, x: Tensor, channels: int) -> Tensor:
         """The first invariants of the result: [n, irreps_in.dim] to [n, channels].
 
         Invariants must stand in one place of the input.
         """
-        place = [ir for _, ir in self.irreps_in].index(SCALAR)
+        (columns,) = [place.columns for place in self._in if place.irrep == _SCALAR]
         bias = None if self.bias is None else self.bias[:channels]
-        weight = self.weight[str(SCALAR)][:channels]
-        return linear(x[:, self.irreps_in.slices()[place]], weight, bias)
+        return linear(x[:, columns], self.weight[_SCALAR][:channels], bias)
 
-    def of_heads(self, sums: Tensor, terms: Tensor, irreps: o3.Irreps) -> Tensor:
+    def of_heads(self, sums: Tensor, terms: Tensor, wanted: Sequence[Place]) -> Tensor:
         """The last channels of the result, each head's from a sum of rows of its own.
 
         What stands in one irrep of the result: the heads' channels one after the other. Irreps of
@@ -89,49 +97,50 @@ class IrrepsLinear(nn.Module):
         Args:
             sums: [n, heads, irreps_in.dim], weighted sums over rows.
             terms: [n, heads], sum of the weights: so many times the bias is added.
-            irreps: of all heads, the last channels of irreps_out.
+            wanted: irreps of all heads, the last channels of irreps_out.
 
         Returns:
-            [n, irreps.dim].
+            [n, dim of the wanted].
         """
         heads = sums.shape[1]
-        columns = dict(zip((ir for _, ir in self.irreps_in), self.irreps_in.slices(), strict=True))
+        columns = {place.irrep: place.columns for place in self._in}
         parts = []
-        for mul, ir in irreps:
-            if ir not in columns:
-                parts.append(sums.new_zeros(sums.shape[0], ir.dim, mul))
+        for irrep, dim, channels, _ in wanted:
+            if irrep not in columns:
+                parts.append(sums.new_zeros(sums.shape[0], dim, channels))
                 continue
-            weight = self.weight[str(ir)][-mul:].unflatten(0, (heads, -1))
-            x = sums[:, :, columns[ir]].unflatten(2, (ir.dim, -1))
+            weight = self.weight[irrep][-channels:].unflatten(0, (heads, -1))
+            x = sums[:, :, columns[irrep]].unflatten(2, (dim, -1))
             part = torch.einsum("nhku,hcu->nkhc", x, weight)
-            if ir == SCALAR and self.bias is not None:
-                bias = self.bias[-mul:].unflatten(0, (heads, -1))
+            if irrep == _SCALAR and self.bias is not None:
+                bias = self.bias[-channels:].unflatten(0, (heads, -1))
                 part = part + (terms[:, :, None] * bias)[:, None]
             parts.append(part.flatten(2))
         return joined(parts)
 
-    def through(self, queries: Tensor, irreps: o3.Irreps, heads: int) -> Tensor:
+    def through(self, queries: Tensor, wanted: Sequence[Place], heads: int) -> Tensor:
         """What to multiply the input with for the dot products of queries with each head's result.
 
         For the first channels of the result, without the bias; otherwise as :meth:`of_heads`.
 
         Args:
-            queries: [n, irreps.dim].
-            irreps: of all heads, the first channels of irreps_out.
+            queries: [n, dim of the wanted].
+            wanted: irreps of all heads, the first channels of irreps_out.
             heads: how many.
 
         Returns:
             [n, heads, irreps_in.dim].
         """
-        own = dict(zip((ir for _, ir in irreps), blocks(queries, irreps), strict=True))
+        found = zip(wanted, blocks(queries, wanted), strict=True)
+        own = {place.irrep: part for place, part in found}
         parts = []
-        for mul, ir in self.irreps_in:
-            if ir not in own:
-                parts.append(queries.new_zeros(queries.shape[0], heads, ir.dim * mul))
+        for irrep, dim, channels, _ in self._in:
+            if irrep not in own:
+                parts.append(queries.new_zeros(queries.shape[0], heads, dim * channels))
                 continue
-            query = own[ir].unflatten(2, (heads, -1))
-            channels = query.shape[2] * query.shape[3]
-            weight = self.weight[str(ir)][:channels].unflatten(0, (heads, -1))
+            query = own[irrep].unflatten(2, (heads, -1))
+            first = query.shape[2] * query.shape[3]
+            weight = self.weight[irrep][:first].unflatten(0, (heads, -1))
             parts.append(torch.einsum("nkhc,hcu->nhku", query, weight).flatten(2))
         return torch.cat(parts, dim=2)
 

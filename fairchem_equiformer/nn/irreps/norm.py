@@ -6,9 +6,10 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
-from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, joined
+from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, joined, places
 
 _EPSILON = 1e-5
+_SCALAR = str(SCALAR)
 
 
 class IrrepsLayerNorm(nn.Module):
@@ -24,17 +25,18 @@ class IrrepsLayerNorm(nn.Module):
     def __init__(self, irreps: o3.Irreps) -> None:
         super().__init__()
         self.irreps = irreps
+        self._places = places(irreps)
         self.weight = nn.Parameter(torch.ones(irreps.num_irreps))
         self.bias = nn.Parameter(torch.zeros(channels_of(irreps, SCALAR)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [n, irreps.dim]."""
         parts = []
-        weights = self.weight.split([mul for mul, _ in self.irreps])
-        for part, (_, ir), weight in zip(
-            blocks(x.to(self.weight.dtype), self.irreps), self.irreps, weights, strict=True
+        weights = self.weight.split([place.channels for place in self._places])
+        for part, place, weight in zip(
+            blocks(x.to(self.weight.dtype), self._places), self._places, weights, strict=True
         ):
-            if ir == SCALAR:
+            if place.irrep == _SCALAR:
                 width = (len(weight),)
                 parts.append(nn.functional.layer_norm(part, width, weight, self.bias, _EPSILON))
             else:
