@@ -58,9 +58,9 @@ def counted_flop() -> Iterator[CountFlop]:
     """Count all products within; our own, which no operation of PyTorch makes, where they run."""
 
     def also(boundary: Boundary, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
             counter.add(KERNELS[boundary](*arguments))
-            return function(*arguments)
+            return function(*arguments, **keywords)
 
         return call
 

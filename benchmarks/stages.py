@@ -1,7 +1,9 @@
 """One profile, in a process of its own: ``python -m benchmarks.stages SPEC.json``.
 
 :mod:`benchmarks.profile` starts it. The functions that make up a stage are wrapped from outside;
-what is spent within one of them, and within no other below it, is the stage's.
+what is spent within one of them, and within no other below it, is the stage's. Kernels that would
+wait for others, to run in one parallel region, run by themselves for the times, FLOPs and bytes; as
+parallel regions those of one region count once, as the stage :data:`TOGETHER`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from benchmarks.spec import Spec
 
 REST = "rest"
+TOGETHER = "kernels together"  # that run in one parallel region
 SO2 = "SO(2) layer"  # and which of the two
 
 # Functions of each stage, (owner, name), in the order of the table.
@@ -40,7 +43,9 @@ STAGES: dict[str, list[tuple[str, str]]] = {
     "radial function": [
         ("ops.edge_attention", "radial_function"),
         ("ops.edge_degree", "radial_function"),
+        ("ops.radial:RadialGradient", "evaluate"),
         ("ops.radial:RadialGradient", "add"),
+        ("ops.radial:RadialGradient", "add_by_autograd"),
         ("ops.radial:RadialGradient", "total"),
     ],
     "message": [("ops.edge_attention", "message"), ("ops.edge_attention", "message_backward")],
@@ -51,6 +56,8 @@ STAGES: dict[str, list[tuple[str, str]]] = {
     ],
     "activation": [
         ("ops.edge_attention", "activate"),
+        ("ops.edge_attention:_ActivationKernels", "forward"),
+        ("ops.edge_attention:_ActivationKernels", "backward"),
         ("ops.s2_activation", "_forward"),
         ("ops.s2_activation", "_backward"),
         ("ops.gate", "_gated"),
@@ -58,6 +65,8 @@ STAGES: dict[str, list[tuple[str, str]]] = {
     "logits, softmax": [
         ("ops.edge_attention", "attention_logits"),
         ("ops.attention_softmax:_AttentionLogits", "backward"),
+        ("ops.native.attention_softmax:LogitKernels", "forward"),
+        ("ops.native.attention_softmax:LogitKernels", "add_backward"),
         ("ops.edge_attention", "attention_softmax"),
         ("ops.edge_attention", "attention_softmax_backward"),
     ],
@@ -67,6 +76,7 @@ STAGES: dict[str, list[tuple[str, str]]] = {
     ],
     "linear layers of atoms": [("ops.so3_linear", "_forward"), ("ops.so3_linear", "_backward")],
     "grid MLP": [("ops.grid_mlp", "_forward"), ("ops.grid_mlp", "_backward")],
+    TOGETHER: [("ops.native.together", "flush")],
     "heads": [("models.equiformer_v2", "sum_energy"), ("models.equiformer_v2", "forces")],
 }
 # Stages that wait for memory more than for arithmetic: their floor is that of a copy.
@@ -76,6 +86,7 @@ OF_ALL_ATOMS = {
     Boundary("ops.edge_attention", "message"): {0},
     Boundary("ops.edge_attention", "message_backward"): {2, 3},
 }
+WAITING = Boundary("ops.native.loader", "deferred")  # that kernels wait within
 STAGE_OF = {Boundary(*function): name for name, found in STAGES.items() for function in found}
 
 
@@ -139,8 +150,17 @@ class SO2Layers:
 
 
 @contextmanager
-def staged(clock: Callable[[], float], *, sizes: bool = False) -> Iterator[Ledger]:
-    """Give a ledger of what is done within; ``sizes``: also of the bytes of tensors."""
+def staged(
+    clock: Callable[[], float], *, sizes: bool = False, apart: bool = True
+) -> Iterator[Ledger]:
+    """Give a ledger of what is done within.
+
+    Args:
+        clock: of what is booked.
+        sizes: also of the bytes of tensors.
+        apart: no kernel waits for others, so that each is booked for its stage.
+    """
+    waiting = [WAITING] if apart else []
     layers, ledger = SO2Layers(), Ledger(clock)
 
     def wrap(boundary: Boundary, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,7 +181,11 @@ def staged(clock: Callable[[], float], *, sizes: bool = False) -> Iterator[Ledge
 
         return call
 
-    with wrapped([layers.MADE], layers.watch), wrapped(list(STAGE_OF), wrap):
+    with (
+        wrapped(waiting, lambda *_: nullcontext),
+        wrapped([layers.MADE], layers.watch),
+        wrapped(list(STAGE_OF), wrap),
+    ):
         yield ledger
         ledger.close()
 
@@ -201,7 +225,7 @@ def profile(spec: Spec) -> dict[str, Any]:
         step()
     called = None
     if regions.counted() is not None:
-        with staged(regions.counted) as called:
+        with staged(regions.counted, apart=False) as called:
             step()
     timed = fastest(step, spec.seconds)
     return rates | {
@@ -213,7 +237,7 @@ def profile(spec: Spec) -> dict[str, Any]:
                 "bytes": counts.bytes[name],
                 "regions": called and called.spent[name],
             }
-            for name in (*ordered(timed), REST)
+            for name in (*ordered(timed), *([TOGETHER] if called else []), REST)
         }
     }
 
@@ -233,7 +257,8 @@ def fastest(step: Callable[[], None], seconds: float) -> Ledger:
 
 def ordered(ledger: Ledger) -> list[str]:
     """Return the stages that were called, in the order of :data:`STAGES`."""
-    names = [n for name in STAGES for n in ([f"{SO2} 1", f"{SO2} 2"] if name == SO2 else [name])]
+    stages = [name for name in STAGES if name != TOGETHER]
+    names = [n for name in stages for n in ([f"{SO2} 1", f"{SO2} 2"] if name == SO2 else [name])]
     return [name for name in names if ledger.calls[name]]
 
 

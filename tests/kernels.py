@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 # Matrix products of our own, which some processors have better ones for.
 PRODUCTS = {"matrix_products", "pack_matrix"}
+# Sums of what other kernels made, and what has several run in one parallel region.
+HELPERS = {"add_rows", "sum_and_difference", "begin_together", "run_together", "end_together"}
 # What needs them, and what runs where PyTorch's products are taken.
 WITH_PRODUCTS, WITHOUT_PRODUCTS = {"grid_mlp"}, {"integrate_silu"}
 IN_BFLOAT16 = {"pack_bfloat16"}
-OF_EITHER = PRODUCTS | WITH_PRODUCTS | WITHOUT_PRODUCTS | IN_BFLOAT16
+OF_EITHER = PRODUCTS | HELPERS | WITH_PRODUCTS | WITHOUT_PRODUCTS | IN_BFLOAT16
 
 
 class _Watched:

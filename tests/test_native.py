@@ -26,11 +26,13 @@ from fairchem_equiformer.ops.attention_softmax import (
     attention_softmax_backward,
 )
 from fairchem_equiformer.ops.depthwise_tensor_product import Ends, depthwise_tensor_product
+from fairchem_equiformer.ops.edge_attention import AttentionSpec, AttentionWeights, edge_attention
 from fairchem_equiformer.ops.edges import chunk_frames
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.head_sums import Targets, head_dot, head_sum
 from fairchem_equiformer.ops.message import message, message_backward
 from fairchem_equiformer.ops.native import interface, loader
+from fairchem_equiformer.ops.norm import norm
 from fairchem_equiformer.ops.radial import (
     EdgeScalars,
     GaussianBasis,
@@ -297,6 +299,25 @@ def test_attention_softmax(degrees, heads, scale, seed):
         assert (grad[0] - grad[1]).abs().max() < allowed * inputs[1].abs().max()
 
 
+@settings(deadline=None, max_examples=20)
+@given(
+    kind=st.sampled_from(["layer_norm", "layer_norm_sh", "rms_norm_sh"]),
+    lmax=st.integers(1, 8),
+    channels=st.sampled_from([16, 48, 64]),
+    atoms=st.integers(0, 9),
+    scale=st.sampled_from([1.0, 1e-3]),
+    seed=st.integers(0, 2**31),
+)
+def test_equivariant_norms(kind, lmax, channels, atoms, scale, seed):
+    draw = draws(seed)
+    rows = [(lmax, channels), (channels,)] if kind == "layer_norm_sh" else [(lmax + 1, channels)]
+    inputs = [draw(atoms, (lmax + 1) ** 2, channels) * scale + scale]
+    inputs += [draw(*shape) for shape in (*rows, (channels,))]
+    kernels = with_backward("equivariant_norm")
+    for ours, expected in by_kernels_and_exactly(equivariant_norm(kind), inputs, kernels):
+        assert_close(ours, expected, "norm")
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     num_basis=st.sampled_from([2, 17, 50, 600]),
@@ -394,6 +415,51 @@ def head_problem():
     return both, [torch.randn(*shape) for shape in ((150, 5), (150, 48), (5, 5, 48))]
 
 
+def equivariant_norm(kind):
+    @differentiated
+    def both(x, *parameters):
+        return norm(kind, x, *parameters)
+
+    return both
+
+
+def equivariant_norm_problem():
+    shapes = (9, 16, 80), (3, 80), (80,), (80,)
+    return equivariant_norm("layer_norm_sh"), [torch.randn(*shape) for shape in shapes]
+
+
+def attention_problem():
+    """A whole layer in chunks, whose kernels run together."""
+    sizes = layout(2, 2)
+    edges = prepare_edges(make_graph([0, 3, 0, 5, 7]), sizes, 16, SINGLE, max_edges=9)
+    spec = AttentionSpec(
+        num_heads=2,
+        alpha_channels=16,
+        value_channels=16,
+        hidden_channels=16,
+        activation="separable_s2",
+        grid_resolution=None,
+        radial_by_degree=False,
+        out_layout=sizes,
+    )
+
+    @differentiated
+    def both(x, *weights):
+        of_type = {"rotations": edges.rotations.to(x)}
+        of_type["scalars"] = edges.scalars._replace(distance=edges.scalars.distance.to(x))
+        basis = GaussianBasis(torch.linspace(0, 4, 20).to(x), -12.0)
+        learned = [None] * 3  # Gaussians
+        taken = AttentionWeights.unflatten([*weights[:12], *learned, *weights[12:]], num_conv_1=3)
+        return edge_attention(x, replace(edges, **of_type), basis, taken, spec)
+
+    embeddings, hidden = [(9, 8)] * 2, [(16, 20 + 16), *[(16,)] * 3, (16, 16), *[(16,)] * 3]
+    shapes = [*embeddings, *hidden, (192, 16), (192,)]
+    layers = [(16,), (16,), (2, 16), (96,), (96,), (96, 96), (64, 64), (32, 32)]
+    layers += [(96, 48), (128, 32), (64, 16)]
+    weights = [torch.randn(*shape) / shape[-1] ** 0.5 for shape in (*shapes, *layers)]
+    return both, [torch.randn(5, sizes.num_coefficients, 16), *weights]
+
+
 PROBLEMS = {
     "S2 activation": partial(grid_problem, "s2"),
     "grid MLP": partial(grid_problem, "mlp"),
@@ -405,6 +471,8 @@ PROBLEMS = {
     "radial, norm": norm_problem,
     "depth-wise tensor product": depthwise_problem,
     "sums by heads": head_problem,
+    "equivariant norm": equivariant_norm_problem,
+    "attention": attention_problem,
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 
@@ -460,6 +528,38 @@ def test_what_a_kernel_leaves_unwritten_shows(monkeypatch):
     function, inputs = softmax_problem()
     monkeypatch.setattr(loader.library(), "edge_softmax", lambda *_: None)
     assert all(found.isnan().all() for found in function(*inputs))
+
+
+# Together
+
+
+def test_kernels_that_wait_run_when_somebody_else_reads():
+    logits = torch.randn(4, 2)
+    kernels = native.softmax_kernels(logits)
+    target_ptr = torch.tensor([0, 4])
+    with native.together():
+        waits = kernels.forward(logits, target_ptr)
+        assert waits.isnan().all()  # memory is poisoned (conftest.py)
+        assert native.softmax_kernels(logits.double()) is None  # PyTorch will read it
+        assert_close(waits, logits.double().softmax(0), "segments")
+        again = kernels.forward(logits, target_ptr)
+    assert torch.equal(again, waits)
+
+
+def test_kernels_that_wait_are_dropped_by_an_error():
+    logits = torch.randn(4, 2)
+    kernels = native.softmax_kernels(logits)
+
+    def fail():
+        with native.together():
+            found.append(kernels.forward(logits, torch.tensor([0, 4])))
+            raise ValueError("between")
+
+    found = []
+    with pytest.raises(ValueError, match="between"):
+        fail()
+    assert found[0].isnan().all()
+    assert not kernels.forward(logits, torch.tensor([0, 4])).isnan().any()
 
 
 # The library

@@ -46,7 +46,7 @@ def step(spec):
 
 def test_every_function_is_where_the_tables_say():
     assert EquiformerV2  # imports all of them
-    for boundary in (*stages.STAGE_OF, *flop.KERNELS, stages.SO2Layers.MADE):
+    for boundary in (*stages.STAGE_OF, *flop.KERNELS, stages.SO2Layers.MADE, stages.WAITING):
         assert find(boundary) is not None, boundary
     assert (
         stages.OF_ALL_ATOMS.keys() | stages.BY_BYTES
@@ -55,7 +55,7 @@ def test_every_function_is_where_the_tables_say():
 
 
 def functions():
-    wrapped = (*stages.STAGE_OF, *flop.KERNELS, stages.SO2Layers.MADE)
+    wrapped = (*stages.STAGE_OF, *flop.KERNELS, stages.SO2Layers.MADE, stages.WAITING)
     return {boundary: getattr_static(find(boundary), boundary.name) for boundary in wrapped}
 
 
@@ -63,7 +63,10 @@ def test_a_step_by_stage(step):
     before = functions()
     with counted_flop() as counter, stages.staged(lambda: counter.flop, sizes=True) as ledger:
         step()
-    names = {n for n in stages.STAGES if n != stages.SO2} | {"SO(2) layer 1", "SO(2) layer 2"}
+    names = stages.STAGES.keys() - {stages.SO2, stages.TOGETHER} | {
+        "SO(2) layer 1",
+        "SO(2) layer 2",
+    }
     assert set(stages.ordered(ledger)) == names
     assert sum(ledger.spent.values()) == counter.flop
     chunks = ledger.calls["SO(2) layer 1"] / 2 / 2  # forward and backward, block and force head

@@ -14,7 +14,13 @@ from fairchem_equiformer.ops.rotate import rotate_back_and_sum, rotate_back_and_
 from fairchem_equiformer.so3.layout import Layout
 
 
-def aggregate(values: Tensor, alpha: Tensor, frames: ChunkFrames, layout: Layout) -> Tensor:
+def aggregate(
+    values: Tensor,
+    alpha: Tensor,
+    frames: ChunkFrames,
+    layout: Layout,
+    out: Tensor | None = None,
+) -> Tensor:
     """Sum over each target's edges. Not differentiable; see :func:`aggregate_backward`.
 
     Args:
@@ -22,19 +28,22 @@ def aggregate(values: Tensor, alpha: Tensor, frames: ChunkFrames, layout: Layout
         alpha: [e, heads].
         frames: of the edges; their layout holds all degrees and orders of ``layout``.
         layout: degrees and orders of the values; those of the result, all orders.
+        out: dense, where the result is written, if it is given.
 
     Returns:
         [n, K, heads v].
     """
     on_gpu = triton.aggregate_kernels(values, alpha, frames.layout, layout)
     if on_gpu is not None:
-        return on_gpu.forward(frames.compact, values, alpha, frames.target_ptr)
+        total = on_gpu.forward(frames.compact, values, alpha, frames.target_ptr)
+        return total if out is None else out.copy_(total)
     rescale = truncation_rescale(layout, alpha.dtype, alpha.device)
     kernels = native.aggregate_kernels(values, alpha, frames.layout, layout)
     if kernels is not None:
-        return kernels.forward(frames.compact, values, alpha, rescale, frames.target_ptr)
+        return kernels.forward(frames.compact, values, alpha, rescale, frames.target_ptr, out)
     weighted = _weighted(values, alpha)
-    return rotate_back_and_sum(weighted, frames, rescale, frames.rotation_of(layout))
+    total = rotate_back_and_sum(weighted, frames, rescale, frames.rotation_of(layout))
+    return total if out is None else out.copy_(total)
 
 
 def aggregate_backward(

@@ -20,7 +20,7 @@ from fairchem_equiformer.ops.segments import segment_softmax, segment_sum
 if TYPE_CHECKING:
     from fairchem_equiformer.ops.triton.attention import LogitKernels as TritonLogitKernels
 
-_EPSILON = 1e-5  # of the layer norm
+EPSILON = 1e-5  # of the layer norm
 
 
 class _AttentionLogits(torch.autograd.Function):
@@ -77,7 +77,7 @@ def attention_logits(
     """
     s = scalars.to(dot.dtype)
     weight, bias = norm or (None, None)
-    arguments = s, norm, dot, _EPSILON
+    arguments = s, norm, dot, EPSILON
     kernels = None
     if not twice:
         kernels = triton.logit_kernels(*arguments) or native.logit_kernels(*arguments)
@@ -85,7 +85,7 @@ def attention_logits(
         logits: Tensor = _AttentionLogits.apply(kernels, s, weight, bias, dot)
         return logits
     if norm is not None:
-        s = F.layer_norm(s, s.shape[2:], weight, bias, _EPSILON)
+        s = F.layer_norm(s, s.shape[2:], weight, bias, EPSILON)
     s = 0.6 * s + 0.4 * s * (2 * torch.sigmoid(s) - 1)
     return (s * dot).sum(-1)
 

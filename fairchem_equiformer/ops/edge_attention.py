@@ -15,6 +15,7 @@ pass only f and s, what the largest matrix product made, are kept; the rest is m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops import library
+from fairchem_equiformer.ops import library, native
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
 from fairchem_equiformer.ops.attention_softmax import (
+    EPSILON,
     attention_logits,
     attention_softmax,
     attention_softmax_backward,
@@ -83,6 +85,32 @@ class AttentionSpec:
             self.radial_by_degree,
             [sizes.lmax, sizes.mmax, sizes.lmin],
         )
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether scalars have an activation of their own."""
+        return self.activation == "separable_s2"
+
+    def grid(self, layout: Layout) -> GridSpec:
+        """Of the activation."""
+        wanted = "others" if self.is_separable else "all"
+        return GridSpec(layout, self.grid_resolution, wanted=wanted)
+
+    def split(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Parts of the first SO(2) layer's output, or of its gradient.
+
+        Args:
+            hidden: [E, heads alpha_channels + gate channels + R H].
+
+        Returns:
+            s_alpha [E, heads, alpha_channels], s_gate [E, gate channels] and f [E, R, H]: views.
+        """
+        num_alpha = self.num_heads * self.alpha_channels
+        num_features = layout.num_rows * self.hidden_channels
+        num_gates = hidden.shape[1] - num_alpha - num_features
+        alpha, gates, features = hidden.split([num_alpha, num_gates, num_features], dim=1)
+        x = features.unflatten(1, (layout.num_rows, self.hidden_channels))
+        return alpha.unflatten(1, (self.num_heads, -1)), gates, x
 
     @classmethod
     def of(cls, *constants: Any) -> AttentionSpec:
@@ -155,19 +183,68 @@ def activate(
     Returns:
         Features [E, R H] and logits [E, heads].
     """
-    num_alpha = spec.num_heads * spec.alpha_channels
-    num_features = layout.num_rows * spec.hidden_channels
-    num_gates = hidden.shape[1] - num_alpha - num_features
-    alpha, gates, features = hidden.split([num_alpha, num_gates, num_features], dim=1)
-    x = features.unflatten(1, (layout.num_rows, spec.hidden_channels))
-    scalars = alpha.unflatten(1, (spec.num_heads, -1))
+    scalars, gates, x = spec.split(hidden, layout)
     logits = attention_logits(scalars, weights.alpha_norm, weights.alpha_dot)
     if spec.activation == "gate":
+        native.flush()
         return gate_activation(x, gates, layout.m_major).flatten(1), logits
     if spec.activation == "s2":
-        return s2_activation(x, GridSpec(layout, spec.grid_resolution)).flatten(1), logits
-    sphere = GridSpec(layout, spec.grid_resolution, wanted="others")
-    return separable_s2_activation(x, gates, sphere).flatten(1), logits
+        return s2_activation(x, spec.grid(layout)).flatten(1), logits
+    return separable_s2_activation(x, gates, spec.grid(layout)).flatten(1), logits
+
+
+class _ActivationKernels(NamedTuple):
+    """The compiled kernels of :func:`activate` and of its gradient, without autograd."""
+
+    spec: AttentionSpec
+    layout: Layout
+    norm: tuple[Tensor, Tensor] | None
+    dot: Tensor
+    logits: native.LogitKernels
+    sphere: native.GridKernels
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, spec: AttentionSpec, weights: AttentionWeights, layout: Layout
+    ) -> _ActivationKernels | None:
+        """None where autograd has to differentiate it."""
+        if spec.activation == "gate":
+            return None
+        norm, dot = weights.alpha_norm, weights.alpha_dot
+        scalars, _, x = spec.split(hidden, layout)
+        logits = native.logit_kernels(scalars, norm, dot, EPSILON)
+        grid = spec.grid(layout).matrices(x.dtype, x.device)
+        sphere = native.grid_kernels(grid, x)
+        if logits is None or sphere is None:
+            return None
+        return cls(spec, layout, norm, dot, logits, sphere)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [E, R H] and logits [E, heads]."""
+        scalars, gates, x = self.spec.split(hidden, self.layout)
+        logits = self.logits.forward(scalars, self.norm, self.dot)
+        features = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if self.spec.is_separable:
+            self.sphere.silu(gates, features[:, 0])
+            self.sphere.activation(x, features[:, 1:])
+        else:
+            self.sphere.activation(x, features)
+        return features.flatten(1), logits
+
+    def backward(
+        self, hidden: Tensor, features_grad: Tensor, logits_grad: Tensor, sums: Tensor
+    ) -> Tensor:
+        """Gradient of ``hidden``; those of norm and dot are added to ``sums`` [heads, 3, A]."""
+        hidden_grad = torch.empty_like(hidden)
+        scalars, gates, x = self.spec.split(hidden, self.layout)
+        scalars_grad, gates_grad, x_grad = self.spec.split(hidden_grad, self.layout)
+        self.logits.add_backward(scalars, self.norm, self.dot, logits_grad, scalars_grad, sums)
+        grad = features_grad.view(x.shape)
+        if self.spec.is_separable:
+            self.sphere.silu_backward(gates, grad[:, 0], gates_grad)
+            grad = grad[:, 1:]
+        self.sphere.activation_backward(x, grad, x_grad)
+        return hidden_grad
 
 
 @dataclass(frozen=True)
@@ -186,17 +263,31 @@ class _Layer:
         """
         return x.dtype if x.device.type == "cpu" else self.dtype
 
-    def radial(self, chunk: Chunk, tables: RadialTables, channels: int) -> Tensor:
-        out = radial_function(self.edges.scalars.select(chunk.edges), tables, self.basis)
-        return out.view(len(out), out.shape[1] // (2 * channels), 2 * channels)
-
     def message(self, x: Tensor, chunk: Chunk, radial: Tensor) -> tuple[Tensor, Message]:
-        """Input of the first SO(2) layer [e, R 2 C], and what it was made of."""
+        """Input of the first SO(2) layer [e, R 2 C], and what it was made of.
+
+        Args:
+            x: features.
+            chunk: of edges.
+            radial: the radial function of the edges.
+        """
+        width = 2 * x.shape[2]
+        radial = radial.view(len(radial), radial.shape[1] // width, width)
         frames, by_degree = chunk_frames(self.edges, chunk), self.spec.radial_by_degree
         layout = self.edges.layout
         dtype = self.between(x)
         scaled, sent = message(x, frames, radial, layout, by_degree=by_degree, dtype=dtype)
         return scaled.flatten(1), sent
+
+    @staticmethod
+    def first(scaled: Tensor, conv: _Convolutions, kept: Tensor | None) -> Tensor:
+        """The first SO(2) layer, whose result is kept in the dtype of ``kept``, if it is given."""
+        if kept is None or kept.dtype == scaled.dtype:
+            return so2_linear(scaled, conv.first, conv.first_bias, kept)
+        hidden = so2_linear(scaled, conv.first, conv.first_bias)
+        native.flush()
+        kept.copy_(hidden)
+        return hidden
 
     def message_backward(self, grad: Tensor, sent: Message, x: Tensor, x_grad: Tensor) -> Tensor:
         layout, by_degree = self.edges.layout, self.spec.radial_by_degree
@@ -263,17 +354,19 @@ def _forward(
     out = x.new_empty(layer.edges.num_rows, out_layout.num_coefficients, channels)
     conv, tables = prepared
     for chunk in layer.edges.chunks:
-        radial = layer.radial(chunk, tables, x.shape[2])
-        scaled, (frames, *_) = layer.message(x, chunk, radial)
-        hidden = so2_linear(scaled, conv.first, conv.first_bias)
-        if kept is not None:
-            kept[chunk.edges] = hidden
-        features, logits = activate(hidden, spec, weights, layer.edges.layout)
-        alpha = attention_softmax(logits, frames)
-        if mask is not None:
-            alpha = alpha * mask[chunk.edges]
-        values = layer.by_head(so2_linear(features, conv.second, conv.second_bias))
-        out[chunk.rows] = aggregate(values, alpha, frames, out_layout)
+        with native.together():
+            scalars = layer.edges.scalars.select(chunk.edges)
+            radial = radial_function(scalars, tables, layer.basis)
+            scaled, (frames, *_) = layer.message(x, chunk, radial)
+            to = None if kept is None else kept[chunk.edges]
+            hidden = layer.first(scaled, conv, to)
+            features, logits = activate(hidden, spec, weights, layer.edges.layout)
+            values = layer.by_head(so2_linear(features, conv.second, conv.second_bias))
+            alpha = attention_softmax(logits, frames)
+            if mask is not None:
+                native.flush()
+                alpha = alpha * mask[chunk.edges]
+            aggregate(values, alpha, frames, out_layout, out[chunk.rows])
     return out
 
 
@@ -349,9 +442,15 @@ class _Backward:
         self._weights = AttentionWeights.unflatten(leaves, num_conv_1)
         self._conv = _Convolutions.of(self._weights, layer.dtype)
         self._radial = RadialGradient(self._weights.radial)
+        heads, channels = self._weights.alpha_dot.shape
+        self._logit_sums = x.new_zeros(heads, 3, channels)  # of norm weight, norm bias and dot
 
     def total(self) -> list[Tensor | None]:
         """Gradients of the weights, in their fixed order."""
+        weight_and_bias, dot = self._logit_sums[:, :2].sum(0), self._logit_sums[:, 2]
+        for total, part in zip(self._sums.alpha_norm or (), weight_and_bias, strict=False):
+            total.add_(part)
+        self._sums.alpha_dot.add_(dot)
         radial = RadialWeights(*self._radial.total())  # type: ignore[arg-type]
         return self._sums._replace(radial=radial).flatten()
 
@@ -364,13 +463,20 @@ class _Backward:
             mask: [e, heads] or None.
         """
         layer = self.layer
-        with torch.enable_grad():
-            radial = layer.radial(chunk, self._radial.tables, self.x.shape[2])
-        scaled, sent = layer.message(self.x, chunk, radial.detach())
-        hidden_grad = self._through_values(sent.frames, grad, hidden, mask)
-        scaled_grad = self._linear(
-            hidden_grad, scaled, self._conv.first, self._sums.conv_1, self._sums.conv_1_bias
-        )
+        hidden = hidden.detach().to(layer.between(self.x))
+        kernels = _ActivationKernels.of(hidden, layer.spec, self._weights, layer.edges.layout)
+        # Autograd's own steps would not wait for kernels.
+        with nullcontext() if kernels is None else native.together():
+            radial = self._radial.evaluate(layer.edges.scalars.select(chunk.edges), layer.basis)
+            scaled, sent = layer.message(self.x, chunk, radial.out.detach())
+            if kernels is None:
+                hidden_grad = self._through_values(sent.frames, grad, hidden, mask)
+            else:
+                hidden_grad = self._by_kernels(kernels, sent.frames, grad, hidden, mask)
+        with native.together():
+            scaled_grad = self._linear(
+                hidden_grad, scaled, self._conv.first, self._sums.conv_1, self._sums.conv_1_bias
+            )
         del scaled, hidden_grad  # a tenth of a chunk's memory at its peak, which follows
         radial_grad = layer.message_backward(scaled_grad, sent, self.x, self.x_grad)
         self._radial.add(radial, radial_grad)
@@ -381,7 +487,7 @@ class _Backward:
         """From the gradient of the result to that of the first SO(2) layer's output."""
         layer, weights, second = self.layer, self._weights, self._conv.second
         with torch.enable_grad():
-            hidden = hidden.detach().to(layer.between(self.x)).requires_grad_()
+            hidden = hidden.requires_grad_()
             features, logits = activate(hidden, layer.spec, weights, layer.edges.layout)
         values = so2_linear(features.detach(), second, self._conv.second_bias)
         values_grad, logits_grad = self._weighting(frames, grad, values, logits, mask)
@@ -397,6 +503,24 @@ class _Backward:
         )
         return hidden_grad
 
+    def _by_kernels(
+        self,
+        kernels: _ActivationKernels,
+        frames: ChunkFrames,
+        grad: Tensor,
+        hidden: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The same without autograd."""
+        second = self._conv.second
+        features, logits = kernels.forward(hidden)
+        values = so2_linear(features, second, self._conv.second_bias)
+        values_grad, logits_grad = self._weighting(frames, grad, values, logits, mask)
+        features_grad = self._linear(
+            values_grad, features, second, self._sums.conv_2, self._sums.conv_2_bias
+        )
+        return kernels.backward(hidden, features_grad, logits_grad, self._logit_sums)
+
     def _weighting(
         self,
         frames: ChunkFrames,
@@ -407,12 +531,15 @@ class _Backward:
     ) -> tuple[Tensor, Tensor]:
         """Backward of softmax, product with the values, and sum: gradients of values and logits."""
         layer = self.layer
-        alpha = attention_softmax(logits.detach(), frames)
-        factor = alpha if mask is None else alpha * mask
+        alpha = factor = attention_softmax(logits.detach(), frames)
+        if mask is not None:
+            native.flush()
+            factor = alpha * mask
         values_grad, alpha_grad = aggregate_backward(
             grad, layer.by_head(values), factor, frames, layer.spec.out_layout
         )
         if mask is not None:
+            native.flush()
             alpha_grad = alpha_grad * mask
         logits_grad = attention_softmax_backward(alpha, alpha_grad, frames)
         return values_grad.flatten(1).to(layer.between(self.x)), logits_grad
@@ -426,7 +553,9 @@ class _Backward:
         bias_sum: Tensor,
     ) -> Tensor:
         """Backward of an SO(2) layer: add to the sums, return the gradient of its input."""
-        bias_sum += grad[:, : len(bias_sum)].sum(0)
+        bias_grad = grad[:, : len(bias_sum)]
+        if not native.add_rows(bias_sum, None, bias_grad):
+            bias_sum += bias_grad.sum(0)
         return so2_linear_backward(grad, x, weights, sums)
 
     @staticmethod

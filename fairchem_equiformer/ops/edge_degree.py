@@ -68,7 +68,7 @@ def _backward(
     for chunk in edges.chunks:
         with torch.enable_grad():
             part = _embed(edges, chunk, basis, sums.tables)
-        sums.add(part, grad[chunk.rows])
+        sums.add_by_autograd(part, grad[chunk.rows])
     return sums.total()
 
 

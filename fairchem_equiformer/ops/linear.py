@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairchem_equiformer.ops.native import MatrixProducts, Packed, pack, product_kernels
+from fairchem_equiformer.ops.native import MatrixProducts, Packed, flush, pack, product_kernels
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -94,6 +94,14 @@ class Linear:
         """The weight as products with gradients of the result read it."""
         return pack(self.kernels, self._weight.detach())
 
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """Of edges [E, in], given that of the result [E, out]; there must be kernels."""
+        out = grad.new_empty(len(grad), self.packed_for_grad.n)
+        products = MatrixProducts(self.kernels)
+        products.add(grad, self.packed_for_grad, out)
+        products.run(edges=len(grad))
+        return out
+
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         return self._of(x, lambda: self.packed)
@@ -104,6 +112,7 @@ class Linear:
 
     def _of(self, x: Tensor, packed: Callable[[], Packed]) -> Tensor:
         if self.kernels is None or x.dtype != self._weight.dtype:
+            flush()
             return F.linear(x, self._weight, self._bias)
         rows = x.reshape(-1, x.shape[-1])
         out: Tensor = _Linear.apply(self, packed(), rows, self._weight, self._bias)

@@ -14,12 +14,12 @@ from torch import Tensor
 from fairchem_equiformer.ops import native, triton
 from fairchem_equiformer.ops.edges import ChunkFrames
 from fairchem_equiformer.ops.rotate import (
-    add_to_ends,
     rotate_in,
     rotate_in_backward,
     scale_orders,
     scale_orders_backward,
 )
+from fairchem_equiformer.ops.segments import add_rows
 from fairchem_equiformer.so3.layout import Layout
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def message(
     if kernels is not None:
         ends = frames.source, frames.target + frames.nodes.start
         scaled = kernels.forward(x, frames.compact, *ends, radial)
+        if dtype != scaled.dtype:
+            native.flush()
         return scaled.to(dtype), Message(frames, radial, kernels)
     rotated = rotate_in(x, frames)
     channels = x.shape[2]
@@ -100,8 +102,10 @@ def message_backward(
     if isinstance(sent.rotated, native.MessageKernels):
         grad = grad.to(x.dtype)
         ends = frames.source, frames.target + frames.nodes.start
-        radial_grad, *ends_grad = sent.rotated.backward(grad, x, frames.compact, *ends, radial)
-        add_to_ends(ends_grad[0], ends_grad[1], frames, x_grad)
+        with native.together():
+            radial_grad, *ends_grad = sent.rotated.backward(grad, x, frames.compact, *ends, radial)
+            for end, end_grad in zip(ends, ends_grad, strict=True):
+                add_rows(x_grad, end, end_grad)
         return radial_grad
     if not isinstance(sent.rotated, tuple):
         return _backward_on_gpu(sent.rotated, grad, sent, x, x_grad)

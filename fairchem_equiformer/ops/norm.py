@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_equiformer.ops import library, triton
+from fairchem_equiformer.ops import library, native, triton
 from fairchem_equiformer.ops.segments import take
 from fairchem_equiformer.so3.layout import degree_slices, layout
 
@@ -90,10 +90,61 @@ def _by_kernels(kind: str, x: Tensor, parameters: Sequence[Tensor]) -> Tensor | 
     return triton.equivariant_norm(kind, x, of_scalars, bias, others, EPSILON)
 
 
+class _Compiled(NamedTuple):
+    """The compiled kernels of a norm, and its parameters as they take them."""
+
+    kernels: native.EquivariantNormKernels
+    weights: list[Tensor]  # [C], of each degree
+    bias: Tensor
+
+    @classmethod
+    def of(cls, kind: str, x: Tensor, parameters: Sequence[Tensor]) -> _Compiled | None:
+        """None where PyTorch has to run."""
+        degrees = range(_lmax(x) + 1)
+        if kind == "layer_norm_sh":
+            weight, scalar_weight, bias = parameters
+            weights, groups = [scalar_weight, *weight], tuple(degrees[:2])
+        else:
+            weight, bias = parameters
+            weights, groups = list(weight), tuple(degrees if kind == "layer_norm" else (0,))
+        kernels = native.equivariant_norm_kernels(x, weights, bias, groups, EPSILON)
+        return None if kernels is None else cls(kernels, weights, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.forward(x, self.weights, self.bias)
+
+    def backward(self, kind: str, x: Tensor, grad: Tensor) -> list[Tensor]:
+        """Gradients of x and of the parameters."""
+        x_grad, weights_grad, bias_grad = self.kernels.backward(x, self.weights, self.bias, grad)
+        if kind == "layer_norm_sh":
+            return [x_grad, weights_grad[1:], weights_grad[0], bias_grad]
+        return [x_grad, weights_grad, bias_grad]
+
+
+def _differentiated(
+    kind: str,
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    wanted: Sequence[bool] | None = None,
+) -> list[Tensor | None]:
+    """Gradients of x and of the parameters, of those that are wanted."""
+    x, *parameters = inputs
+    compiled = _Compiled.of(kind, x, parameters)
+    if compiled is None:
+        return library.by_autograd(lambda *t: _normalized(kind, *t), grad, inputs, wanted)
+    found = compiled.backward(kind, x, grad)
+    wanted = wanted or [True] * len(found)
+    return [part if want else None for part, want in zip(found, wanted, strict=True)]
+
+
 def _normalized(kind: str, x: Tensor, *parameters: Tensor) -> Tensor:
     by_kernels = _by_kernels(kind, x, parameters)
     if by_kernels is not None:
         return by_kernels
+    if not torch.is_grad_enabled():
+        compiled = _Compiled.of(kind, x, parameters)
+        if compiled is not None:
+            return compiled.forward(x)
     with torch.autocast(x.device.type, enabled=False):
         return _NORMS[kind](x, *parameters)
 
@@ -108,12 +159,7 @@ class _KeepInput(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *library.by_autograd(
-            lambda *inputs: _normalized(ctx.kind, *inputs),
-            grad,
-            ctx.saved_tensors,
-            ctx.needs_input_grad[1:],
-        )
+        return None, *_differentiated(ctx.kind, grad, ctx.saved_tensors, ctx.needs_input_grad[1:])
 
 
 _operation = library.register(
@@ -121,9 +167,7 @@ _operation = library.register(
     "str kind, Tensor x, Tensor[] parameters",
     lambda kind, x, parameters: _normalized(kind, x, *parameters),
     lambda _, x, __: x.new_empty(x.shape),
-    lambda grad, kind, x, parameters: library.by_autograd(
-        lambda *inputs: _normalized(kind, *inputs), grad, (x, *parameters)
-    ),
+    lambda grad, kind, x, parameters: _differentiated(kind, grad, (x, *parameters)),
     "x parameters",
 )
 

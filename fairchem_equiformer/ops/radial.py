@@ -154,6 +154,11 @@ class RadialTables(_Tables):
         """To the radial weights."""
         return Linear(self.weight_3, self.bias_3)
 
+    @property
+    def looked_up(self) -> list[Tensor]:
+        """Those of elements."""
+        return [table for table in (self.source, self.target) if table is not None]
+
     @classmethod
     def of(cls, weights: RadialWeights) -> RadialTables:
         """Differentiable."""
@@ -175,19 +180,40 @@ class RadialGradient:
         with torch.enable_grad():
             self._made = RadialTables.of(RadialWeights(*self._leaves))  # type: ignore[arg-type]
         self.tables = RadialTables(*_leaves(self._made))  # type: ignore[arg-type]
-        self._sums = [torch.zeros_like(t) for t in self.tables if t is not None]
+        sums = [None if t is None else torch.zeros_like(t) for t in self.tables]
+        self._sums = RadialTables(*sums)  # type: ignore[arg-type]
 
-    def add(self, radial: Tensor, grad: Tensor) -> None:
+    def evaluate(self, edges: EdgeScalars, basis: Basis) -> Evaluated:
+        """The radial function of some edges, for :meth:`add`."""
+        with torch.no_grad():
+            layers = _Layers.of(edges, self.tables, basis)
+        if layers is not None:
+            return Evaluated(layers.out, layers)
+        with torch.enable_grad():
+            return Evaluated(radial_function(edges, self.tables, basis))
+
+    def add(self, radial: Evaluated, grad: Tensor) -> None:
         """Add what some edges contribute: their radial function of the tables, and its gradient."""
+        if radial.layers is not None:
+            with native.together():
+                radial.layers.add_backward(grad.flatten(1), self.tables, self._sums)
+        else:
+            self.add_by_autograd(radial.out, grad.view(radial.out.shape))
+
+    def add_by_autograd(self, function: Tensor, grad: Tensor) -> None:
+        """The same, of any function of the tables."""
         wanted = [t for t in self.tables if t is not None]
-        for total, part in zip(self._sums, torch.autograd.grad(radial, wanted, grad), strict=True):
+        found = torch.autograd.grad(function, wanted, grad)
+        totals = [t for t in self._sums if t is not None]
+        for total, part in zip(totals, found, strict=True):
             total.add_(part)
 
     def total(self) -> list[Tensor | None]:
         """In the order of the weights."""
         made = [t for t in self._made if t is not None]
         wanted = [t for t in self._leaves if t is not None]
-        found = iter(torch.autograd.grad(made, wanted, self._sums))
+        totals = [t for t in self._sums if t is not None]
+        found = iter(torch.autograd.grad(made, wanted, totals))
         return [None if t is None else next(found) for t in self._leaves]
 
 
@@ -224,20 +250,27 @@ class _FirstLayer(torch.autograd.Function):
         return None, None, ctx.kernels.backward(edges.distance, grad), grad.sum(0), *found
 
 
+def _gaussian_kernels(
+    edges: EdgeScalars, tables: RadialTables, basis: Basis
+) -> GaussianKernels | None:
+    """Those of the first layer; None where the reference has to run."""
+    if not isinstance(basis, GaussianBasis):
+        native.flush()
+        return None
+    weights = tables.gaussians, tables.bias_1, *tables.looked_up
+    constants = basis.centers, basis.coefficient, _LEAST_EXPONENT
+    return gaussian_kernels(edges.distance, *constants, *weights)
+
+
 def _first_layer(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> Tensor:
     """Weights times (Gaussians, source and target embedding), plus bias: [E, H]."""
-    looked_up = [table for table in (tables.source, tables.target) if table is not None]
-    weights = tables.gaussians, tables.bias_1, *looked_up
-    kernels = None
-    if isinstance(basis, GaussianBasis):
-        kernels = gaussian_kernels(
-            edges.distance, basis.centers, basis.coefficient, _LEAST_EXPONENT, *weights
-        )
+    kernels = _gaussian_kernels(edges, tables, basis)
     if kernels is not None:
+        weights = tables.gaussians, tables.bias_1, *tables.looked_up
         out: Tensor = _FirstLayer.apply(kernels, edges, *weights)
         return out
     hidden = gaussians(edges.distance, basis) @ tables.gaussians
-    for table, element in zip(looked_up, edges.elements, strict=False):
+    for table, element in zip(tables.looked_up, edges.elements, strict=False):
         hidden = hidden + table[element]
     return hidden + tables.bias_1
 
@@ -272,10 +305,21 @@ def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.layer_norm(x, x.shape[1:], weight, bias, _EPSILON))
 
 
-def _later_layers_at_once(hidden: Tensor, tables: RadialTables) -> Tensor | None:
-    """All but the first layer in one call, which keeps nothing; None where it cannot be had."""
+class _LaterLayers(NamedTuple):
+    """What the layers after the first one made of its result."""
+
+    norms: NormSiLUKernels
+    read: Tensor  # [E, H] by the second layer
+    between: Tensor  # [E, H], its result
+    read_again: Tensor  # [E, H] by the last layer
+    out: Tensor  # [E, out]
+
+
+def _later_layers_at_once(hidden: Tensor, tables: RadialTables) -> _LaterLayers | None:
+    """All but the first layer in one call, not differentiable; None where it cannot be had."""
     second, last = tables.second_layer, tables.last_layer
     if torch.is_grad_enabled() or second.kernels is None or last.kernels is None:
+        native.flush()
         return None
     norms = norm_silu_kernels(hidden, tables.norm_1_weight, tables.norm_1_bias, _EPSILON)
     if norms is None:
@@ -292,8 +336,61 @@ def _later_layers_at_once(hidden: Tensor, tables: RadialTables) -> Tensor | None
     products.add(
         between, last.packed, out, norm=norm_2, sums=read_again, bias=tables.bias_3.detach()
     )
-    products.run()
-    return out
+    products.run(edges=len(hidden))
+    return _LaterLayers(norms, read, between, read_again, out)
+
+
+class _Layers(NamedTuple):
+    """The radial function by compiled kernels, with what its backward pass reads."""
+
+    edges: EdgeScalars
+    kernels: GaussianKernels
+    hidden: Tensor  # [E, H], the first layer's result
+    later: _LaterLayers
+
+    @property
+    def out(self) -> Tensor:
+        """[E, out]."""
+        return self.later.out
+
+    @classmethod
+    def of(cls, edges: EdgeScalars, tables: RadialTables, basis: Basis) -> _Layers | None:
+        """None where they cannot be had."""
+        kernels = _gaussian_kernels(edges, tables, basis)
+        if kernels is None:
+            return None
+        lookups = list(zip(tables.looked_up, edges.elements, strict=False))
+        hidden = kernels.forward(edges.distance, tables.gaussians, tables.bias_1, lookups)
+        later = _later_layers_at_once(hidden, tables)
+        return None if later is None else cls(edges, kernels, hidden, later)
+
+    def add_backward(self, grad: Tensor, tables: RadialTables, sums: RadialTables) -> None:
+        """Add the gradients of the tables, given that of the result [E, out], to ``sums``."""
+        norms, read, between, read_again, _ = self.later
+        second, last = tables.second_layer, tables.last_layer
+        flow = last.input_gradient(grad)
+        norm = tables.norm_2_weight, tables.norm_2_bias
+        flow = norms.add_backward(between, *norm, flow, sums.norm_2_weight, sums.norm_2_bias)
+        hidden_grad = second.input_gradient(flow)
+        norm = tables.norm_1_weight, tables.norm_1_bias
+        totals = sums.norm_1_weight, sums.norm_1_bias
+        hidden_grad = norms.add_backward(self.hidden, *norm, hidden_grad, *totals)
+        products = native.MatrixProducts(last.kernels)
+        products.add(grad.t(), read_again, sums.weight_3, accumulate=True)
+        products.add(flow.t(), read, sums.weight_2, accumulate=True)
+        products.run()
+        for total, part in ((sums.bias_3, grad), (sums.bias_2, flow), (sums.bias_1, hidden_grad)):
+            native.add_rows(total, None, part)
+        self.kernels.add_backward(self.edges.distance, hidden_grad, sums.gaussians)
+        for total, element in zip(sums.looked_up, self.edges.elements, strict=False):
+            native.add_rows(total, element, hidden_grad)
+
+
+class Evaluated(NamedTuple):
+    """The radial function of some edges, and the way back."""
+
+    out: Tensor  # [E, out]
+    layers: _Layers | None = None  # None where autograd knows it
 
 
 def radial_function(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> Tensor:
@@ -307,9 +404,9 @@ def radial_function(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> T
     if tables.slope is not None and tables.shift is not None and tables.height is not None:
         basis = LearnedGaussians(tables.slope, tables.shift, tables.height)
     hidden = _first_layer(edges, tables, basis)
-    out = _later_layers_at_once(hidden, tables)
-    if out is not None:
-        return out
+    later = _later_layers_at_once(hidden, tables)
+    if later is not None:
+        return later.out
     hidden = _norm_silu(hidden, tables.norm_1_weight, tables.norm_1_bias)
     hidden = tables.second_layer(hidden)
     hidden = _norm_silu(hidden, tables.norm_2_weight, tables.norm_2_bias)

@@ -49,9 +49,14 @@ _Kernels = Union["native.GridKernels", "TritonGridKernels", None]
 def _forward(x: Tensor, gates: Tensor | None, grid: Grid, kernels: _Kernels) -> Tensor:
     num_scalars = 0 if gates is None else 1
     out = x.new_empty(len(x), num_scalars + grid.from_grid.shape[1], x.shape[2])
+    y = out[:, num_scalars:]
+    if isinstance(kernels, native.GridKernels):
+        if gates is not None:
+            kernels.silu(gates, out[:, 0])
+        kernels.activation(x, y)
+        return out
     if gates is not None:
         out[:, 0] = F.silu(gates)
-    y = out[:, num_scalars:]
     if kernels is not None:
         kernels.activation(x, y)
         return out
@@ -66,7 +71,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None]:
     if gates is None:
         return _through_grid(grad, x, grid, kernels), None
-    gates_grad = torch.ops.aten.silu_backward(grad[:, 0], gates)
+    if isinstance(kernels, native.GridKernels):
+        gates_grad = torch.empty_like(gates, memory_format=torch.contiguous_format)
+        kernels.silu_backward(gates, grad[:, 0], gates_grad)
+    else:
+        gates_grad = torch.ops.aten.silu_backward(grad[:, 0], gates)
     return _through_grid(grad[:, 1:], x, grid, kernels), gates_grad
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairchem_equiformer.ops import native
+
 
 class Chunk(NamedTuple):
     """Consecutive target atoms and all the edges they receive."""
@@ -103,7 +105,7 @@ def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """
     if total.is_cuda:
         total.index_put_((index,), rows, accumulate=True)
-    else:
+    elif not native.add_rows(total, index, rows):
         total.index_add_(0, index, rows)
 
 

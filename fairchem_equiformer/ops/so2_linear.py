@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairchem_equiformer.ops.native import flush
 from fairchem_equiformer.ops.so2_packed import (
     PackedSO2Weights,
     order_columns,
@@ -114,7 +115,12 @@ def _orders(weights: SO2Weights) -> Iterator[_Order]:
         yield _Order(x, y, order)
 
 
-def so2_linear(x: Tensor, weights: SO2Weights | PackedSO2Weights, bias: Tensor | None) -> Tensor:
+def so2_linear(
+    x: Tensor,
+    weights: SO2Weights | PackedSO2Weights,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Apply an SO(2) linear layer. Not differentiable; see :func:`so2_linear_backward`.
 
     Args:
@@ -122,12 +128,16 @@ def so2_linear(x: Tensor, weights: SO2Weights | PackedSO2Weights, bias: Tensor |
             weight are ignored.
         weights: of the layer; x is rounded to their dtype.
         bias: [Y0].
+        out: dense, where the result is written, if it is given.
 
     Returns:
         [E, Y0 + sum over m of 2 Ym], in the dtype of x.
     """
     if isinstance(weights, PackedSO2Weights):
-        return packed_so2_linear(x, weights, bias)
+        return packed_so2_linear(x, weights, bias, out)
+    flush()
+    if out is not None:
+        return out.copy_(so2_linear(x, weights, bias))
     if x.dtype != weights.zero.dtype:
         y = so2_linear(x.to(weights.zero.dtype), weights, None).to(x.dtype)
         return y if bias is None else _add_bias(y, bias)

@@ -28,6 +28,7 @@ from fairchem_equiformer.ops.native import (
     pack,
     pack_in_bfloat16,
     product_kernels,
+    sum_and_difference,
 )
 
 
@@ -155,14 +156,16 @@ def order_columns(zero: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[tu
         x, y = x + columns, y + rows
 
 
-def packed_so2_linear(x: Tensor, weights: PackedSO2Weights, bias: Tensor | None) -> Tensor:
+def packed_so2_linear(
+    x: Tensor, weights: PackedSO2Weights, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """:func:`~fairchem_equiformer.ops.so2_linear.so2_linear` for such weights."""
-    y = x.new_empty(len(x), weights.num_outputs)
+    y = x.new_empty(len(x), weights.num_outputs) if out is None else out
     products, layer = MatrixProducts(weights.kernels), weights.forward
     products.add(x[:, : layer.zero.k], layer.zero, y[:, : layer.zero.n], bias=bias)
     for (x_columns, y_columns), order in zip(weights.columns(), layer.orders, strict=True):
         order.apply(products, _Halves.of(x, x_columns), _Halves.of(y, y_columns))
-    products.run()
+    products.run(edges=len(x))
     return y
 
 
@@ -183,19 +186,25 @@ def packed_so2_linear_backward(
         if total is None:
             _weight_gradient_by_four(weights.kernels, products, g, halves, weight_grad)
         else:
-            _weight_gradient_by_three(products, g, halves, total, weight_grad)
+            _weight_gradient_by_three(weights.kernels, products, g, halves, total, weight_grad)
     products.run()
     return x_grad
 
 
 def _weight_gradient_by_three(
-    products: MatrixProducts, g: _Halves, x: _Halves, total: Tensor, weight_grad: Tensor
+    kernels: ctypes.CDLL,
+    products: MatrixProducts,
+    g: _Halves,
+    x: _Halves,
+    total: Tensor,
+    weight_grad: Tensor,
 ) -> None:
     """Take in what is added to the gradient of one order's weight; total is g[+m] + g[-m]."""
     a_grad, b_grad = weight_grad.chunk(2)
+    both, difference = sum_and_difference(kernels, *x)
     products.add(total.t(), x.plus, a_grad, also=b_grad, accumulate=True)
-    products.add(g.minus.t(), x.plus - x.minus, a_grad, sign=-1, accumulate=True)
-    products.add(g.plus.t(), x.plus + x.minus, b_grad, sign=-1, accumulate=True)
+    products.add(g.minus.t(), difference, a_grad, sign=-1, accumulate=True)
+    products.add(g.plus.t(), both, b_grad, sign=-1, accumulate=True)
 
 
 def _weight_gradient_by_four(
@@ -220,6 +229,6 @@ def _input_gradient(grad: Tensor, x_grad: Tensor, weights: PackedSO2Weights) -> 
         g, out = _Halves.of(grad, y_columns), _Halves.of(x_grad, x_columns)
         sums.append(order.apply(products, g, out, sign=-1))  # of A^T and -B^T
         x_stop = x_columns.stop
-    products.run()
+    products.run(edges=len(x_grad))
     x_grad[:, x_stop:] = 0
     return sums

@@ -15,7 +15,12 @@ from fairchem_equiformer.ops.native.depthwise_tensor_product import (
     DepthwiseKernels,
     depthwise_kernels,
 )
+from fairchem_equiformer.ops.native.equivariant_norm import (
+    EquivariantNormKernels,
+    equivariant_norm_kernels,
+)
 from fairchem_equiformer.ops.native.head_sums import HeadSumKernels, head_sum_kernels
+from fairchem_equiformer.ops.native.loader import together
 from fairchem_equiformer.ops.native.matrix_products import (
     MatrixProducts,
     Packed,
@@ -32,9 +37,12 @@ from fairchem_equiformer.ops.native.radial import (
     norm_silu_kernels,
 )
 from fairchem_equiformer.ops.native.s2_grid import GridKernels, grid_kernels
+from fairchem_equiformer.ops.native.sums import add_rows, sum_and_difference
+from fairchem_equiformer.ops.native.together import flush
 
 __all__ = [
     "DepthwiseKernels",
+    "EquivariantNormKernels",
     "GaussianKernels",
     "GridKernels",
     "HeadSumKernels",
@@ -44,8 +52,11 @@ __all__ = [
     "NormSiLUKernels",
     "Packed",
     "Rounded",
+    "add_rows",
     "aggregate_kernels",
     "depthwise_kernels",
+    "equivariant_norm_kernels",
+    "flush",
     "gaussian_kernels",
     "grid_kernels",
     "head_sum_kernels",
@@ -56,4 +67,6 @@ __all__ = [
     "pack_in_bfloat16",
     "product_kernels",
     "softmax_kernels",
+    "sum_and_difference",
+    "together",
 ]

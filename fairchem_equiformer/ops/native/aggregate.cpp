@@ -130,10 +130,10 @@ const char* aggregate_misfit(const Rows* rows, int64_t value_channels) {
 void edge_aggregate(const Rows* rows, const float* rotations, const float* values,
                     const float* alpha, int64_t heads, int64_t value_channels, const float* rescale,
                     const int64_t* edges, float* out, int64_t nodes, int threads) {
-  share(nodes, threads, [&](int64_t first, int64_t last) {
-    aggregate_nodes(*rows, rotations, values, alpha, heads, value_channels, rescale, edges, out,
+  share(nodes, threads, [=, rows = *rows](int64_t first, int64_t last) {
+    aggregate_nodes(rows, rotations, values, alpha, heads, value_channels, rescale, edges, out,
                     first, last);
-  });
+  }, Items::atoms);
 }
 
 // grad [nodes, coefficients, channels], rescaled; target of each edge. Adds to alpha_grad.
@@ -141,9 +141,9 @@ void edge_aggregate_backward(const Rows* rows, const float* rotations, const flo
                              const int64_t* target, const float* values, const float* alpha,
                              int64_t heads, int64_t value_channels, float* values_grad,
                              float* alpha_grad, int64_t edges, int threads) {
-  share(edges, threads, [&](int64_t first, int64_t last) {
-    aggregate_edges_backward(*rows, rotations, grad, target, values, alpha, heads, value_channels,
+  share(edges, threads, [=, rows = *rows](int64_t first, int64_t last) {
+    aggregate_edges_backward(rows, rotations, grad, target, values, alpha, heads, value_channels,
                              values_grad, alpha_grad, first, last);
-  });
+  }, Items::edges);
 }
 }

@@ -21,7 +21,13 @@ class AggregateKernels:
     rows: Rows
 
     def forward(
-        self, rotations: Tensor, values: Tensor, alpha: Tensor, rescale: Tensor, target_ptr: Tensor
+        self,
+        rotations: Tensor,
+        values: Tensor,
+        alpha: Tensor,
+        rescale: Tensor,
+        target_ptr: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
         """rescale * sum over a target's edges of D^T (alpha * v).
 
@@ -31,6 +37,7 @@ class AggregateKernels:
             alpha: [e, heads].
             rescale: [K].
             target_ptr: [n + 1], where the edges of each target begin.
+            out: dense, where the result is written, if it is given.
 
         Returns:
             [n, K, heads v].
@@ -38,7 +45,8 @@ class AggregateKernels:
         rotations, values, alpha = (t.contiguous() for t in (rotations, values, alpha))
         heads, channels = values.shape[2:]
         nodes = len(target_ptr) - 1
-        out = values.new_empty(nodes, self.rows.struct.coefficients, heads * channels)
+        if out is None:
+            out = values.new_empty(nodes, self.rows.struct.coefficients, heads * channels)
         self.kernels.edge_aggregate(
             self.rows.struct,
             rotations,

@@ -66,14 +66,14 @@ INLINE void logits_of(const Logits& logits, const float* scalars, int64_t stride
 
 template <int V>
 INLINE void logits_backward_of(const Logits& logits, const float* scalars, int64_t stride,
-                               const float* grad, float* scalars_grad, float* sums, int64_t edges,
-                               int64_t first, int64_t last) {
+                               const float* grad, float* scalars_grad, int64_t grad_stride,
+                               float* sums, int64_t edges, int64_t first, int64_t last) {
   for (int64_t h = first; h < last; h++)
     for (int64_t e = 0; e < edges; e++) {
       const int64_t at = h * logits.channels;
       logit_backward<V>(logits, scalars + e * stride + at, logits.dot + at,
                         grad[e * logits.heads + h],
-                        scalars_grad + e * logits.heads * logits.channels + at, sums + 3 * at);
+                        scalars_grad + e * grad_stride + at, sums + 3 * at);
     }
 }
 
@@ -85,11 +85,12 @@ FOR_EVERY_CPU void some_logits(const Logits& logits, const float* scalars, int64
 }
 
 FOR_EVERY_CPU void some_logits_backward(const Logits& logits, const float* scalars, int64_t stride,
-                                        const float* grad, float* scalars_grad, float* sums,
-                                        int64_t edges, int64_t first, int64_t last) {
+                                        const float* grad, float* scalars_grad,
+                                        int64_t grad_stride, float* sums, int64_t edges,
+                                        int64_t first, int64_t last) {
   for_width<16, 32, 64>(logits.channels, [&](auto vectors) INLINED {
-    logits_backward_of<vectors>(logits, scalars, stride, grad, scalars_grad, sums, edges, first,
-                                last);
+    logits_backward_of<vectors>(logits, scalars, stride, grad, scalars_grad, grad_stride, sums,
+                                edges, first, last);
   });
 }
 
@@ -107,25 +108,26 @@ const char* logits_misfit(int64_t channels) {
 // scalars [edges, heads channels], each edge dense, to out [edges, heads].
 void attention_logits(const Logits* logits, const float* scalars, int64_t stride, float* out,
                       int64_t edges, int threads) {
-  share(edges, threads, [&](int64_t first, int64_t last) {
-    some_logits(*logits, scalars, stride, out, first, last);
-  });
+  share(edges, threads, [=, logits = *logits](int64_t first, int64_t last) {
+    some_logits(logits, scalars, stride, out, first, last);
+  }, Items::edges);
 }
 
-// Writes scalars_grad, contiguous; adds to sums [heads, 3, channels], the gradients of norm weight,
+// Writes scalars_grad, edges grad_stride apart; adds to sums [heads, 3, channels], the gradients of norm weight,
 // norm bias and dot. Threads share the heads, so that their number changes no bit.
 void attention_logits_backward(const Logits* logits, const float* scalars, int64_t stride,
-                               const float* grad, float* scalars_grad, float* sums, int64_t edges,
-                               int threads) {
-  share(logits->heads, threads, [&](int64_t first, int64_t last) {
-    some_logits_backward(*logits, scalars, stride, grad, scalars_grad, sums, edges, first, last);
+                               const float* grad, float* scalars_grad, int64_t grad_stride,
+                               float* sums, int64_t edges, int threads) {
+  share(logits->heads, threads, [=, logits = *logits](int64_t first, int64_t last) {
+    some_logits_backward(logits, scalars, stride, grad, scalars_grad, grad_stride, sums, edges,
+                         first, last);
   });
 }
 
 // Softmax of logits [., heads] over the edges of each node, from edges[n] to edges[n + 1].
 void edge_softmax(const float* logits, int64_t heads, const int64_t* edges, float* out,
                   int64_t nodes, int threads) {
-  share(nodes, threads, [&](int64_t first, int64_t last) {
+  share(nodes, threads, [=](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; n++)
       for (int64_t h = 0; h < heads; h++) {
         float peak = std::numeric_limits<float>::lowest(), sum = 0;
@@ -134,13 +136,13 @@ void edge_softmax(const float* logits, int64_t heads, const int64_t* edges, floa
           sum += out[e * heads + h] = std::exp(logits[e * heads + h] - peak);
         for (int64_t e = edges[n]; e < edges[n + 1]; e++) out[e * heads + h] /= sum;
       }
-  });
+  }, Items::atoms);
 }
 
 // From the gradient of the softmax alpha to that of its logits.
 void edge_softmax_backward(const float* alpha, const float* grad, int64_t heads,
                            const int64_t* edges, float* out, int64_t nodes, int threads) {
-  share(nodes, threads, [&](int64_t first, int64_t last) {
+  share(nodes, threads, [=](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; n++)
       for (int64_t h = 0; h < heads; h++) {
         float sum = 0;
@@ -149,6 +151,6 @@ void edge_softmax_backward(const float* alpha, const float* grad, int64_t heads,
         for (int64_t e = edges[n]; e < edges[n + 1]; e++)
           out[e * heads + h] = alpha[e * heads + h] * (grad[e * heads + h] - sum);
       }
-  });
+  }, Items::atoms);
 }
 }

@@ -39,21 +39,46 @@ class LogitKernels:
         self, scalars: Tensor, norm: Norm, dot: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of the scalars, of weight and bias of the norm [A], and of a [heads, A]."""
-        scalars, dot, grad = dense_items(scalars), dot.contiguous(), grad.contiguous()
         scalars_grad = scalars.new_empty(scalars.shape)
         sums = scalars.new_zeros(len(dot), 3, dot.shape[1])
+        self.add_backward(scalars, norm, dot, grad, scalars_grad, sums)
+        weight, bias = sums[:, :2].sum(0)
+        return scalars_grad, weight, bias, sums[:, 2]
+
+    def add_backward(
+        self,
+        scalars: Tensor,
+        norm: Norm,
+        dot: Tensor,
+        grad: Tensor,
+        scalars_grad: Tensor,
+        sums: Tensor,
+    ) -> None:
+        """Write the gradient of the scalars, and add to those of the weights.
+
+        Args:
+            scalars, norm, dot: as in :meth:`forward`.
+            grad: [E, heads].
+            scalars_grad: [E, heads, A], of which each edge is dense.
+            sums: [heads, 3, A], of the weight and bias of the norm by head, and of a.
+
+        Raises:
+            ValueError: if an edge of ``scalars_grad`` is not dense.
+        """
+        if dense_items(scalars_grad) is not scalars_grad:
+            raise ValueError(f"gradients of scalars lie at strides {scalars_grad.stride()}")
+        scalars, dot, grad = dense_items(scalars), dot.contiguous(), grad.contiguous()
         self.kernels.attention_logits_backward(
             self._struct(norm, dot),
             scalars,
             scalars.stride(0),
             grad,
             scalars_grad,
+            scalars_grad.stride(0),
             sums,
             len(scalars),
             torch.get_num_threads(),
         )
-        weight, bias = sums[:, :2].sum(0)
-        return scalars_grad, weight, bias, sums[:, 2]
 
     def _struct(self, norm: Norm, dot: Tensor) -> LogitsStruct:
         norm_struct = NormStruct(*map(Floats.address, norm or ()), epsilon=self.epsilon)

@@ -165,7 +165,7 @@ extern "C" {
 // out [k rounded up to pairs, n], in panels.
 void pack_bfloat16(const float* b, int64_t b_row, int64_t b_column, int64_t k, int64_t n,
                    uint32_t* out, int threads) {
-  share(n / LANES, threads, [&](int64_t first, int64_t last) {
+  share(n / LANES, threads, [=](int64_t first, int64_t last) {
     if (b_column == 1)
       pack_rows(b, b_row, k, n, out, first * LANES, last * LANES);
     else

@@ -189,8 +189,8 @@ const char* depthwise_misfit(const Product* product) {
 void depthwise_product(const Product* product, const Features* x, const float* matrices,
                        const float* weights, int64_t weights_apart, float* out, int64_t edges,
                        int threads) {
-  share(edges, threads, [&](int64_t first, int64_t last) {
-    products(*product, *x, matrices, weights, weights_apart, out, first, last);
+  share(edges, threads, [=, product = *product, x = *x](int64_t first, int64_t last) {
+    products(product, x, matrices, weights, weights_apart, out, first, last);
   });
 }
 
@@ -202,23 +202,25 @@ void depthwise_product_backward(const Product* product, const Features* x, const
                                 const float* weights, int64_t weights_apart, const float* grad,
                                 float* x_grad, float* matrices_grad, float* weights_grad,
                                 int64_t edges, int threads) {
-  const auto differentiate = [&](int64_t first, int64_t last, float* own) {
+  const auto differentiate = [=, product = *product, x = *x](int64_t first, int64_t last,
+                                                             float* own) {
     if (matrices_grad)
-      all_gradients(*product, *x, matrices, weights, weights_apart, grad, x_grad, matrices_grad, own,
+      all_gradients(product, x, matrices, weights, weights_apart, grad, x_grad, matrices_grad, own,
                     first, last);
     else
-      gradients_of_channels(*product, *x, matrices, weights, weights_apart, grad, x_grad, own, first,
+      gradients_of_channels(product, x, matrices, weights, weights_apart, grad, x_grad, own, first,
                             last);
   };
   if (weights_apart) {
     share(edges, threads,
-          [&](int64_t first, int64_t last) { differentiate(first, last, weights_grad); });
+          [=](int64_t first, int64_t last) { differentiate(first, last, weights_grad); });
     return;
   }
-  share((edges + BLOCK - 1) / BLOCK, threads, [&](int64_t first, int64_t last) {
+  const int64_t size = product->weights;
+  share((edges + BLOCK - 1) / BLOCK, threads, [=](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; b++)
       differentiate(b * BLOCK, std::min((b + 1) * BLOCK, edges),
-                    weights_grad + b * product->weights);
+                    weights_grad + b * size);
   });
 }
 }

@@ -90,7 +90,7 @@ const char* head_sums_misfit(int64_t channels) { return misfit_of_width(channels
 // alpha [edges, heads] and x [edges, channels] to out [atoms, heads, channels].
 void head_sum(const float* alpha, const float* x, const int64_t* target_ptr, int64_t heads,
               int64_t channels, float* out, int64_t atoms, int threads) {
-  share(atoms, threads, [&](int64_t first, int64_t last) {
+  share(atoms, threads, [=](int64_t first, int64_t last) {
     sums(alpha, x, target_ptr, heads, channels, out, first, last);
   });
 }
@@ -98,7 +98,7 @@ void head_sum(const float* alpha, const float* x, const int64_t* target_ptr, int
 // x [edges, channels] and atoms [atoms, heads, channels] to out [edges, heads].
 void head_dot(const float* x, const float* atoms, const int64_t* target, int64_t heads,
               int64_t channels, float* out, int64_t edges, int threads) {
-  share(edges, threads, [&](int64_t first, int64_t last) {
+  share(edges, threads, [=](int64_t first, int64_t last) {
     dots(x, atoms, target, heads, channels, out, first, last);
   });
 }
@@ -106,7 +106,7 @@ void head_dot(const float* x, const float* atoms, const int64_t* target, int64_t
 // alpha [edges, heads] and atoms [atoms, heads, channels] to out [edges, channels].
 void head_spread(const float* alpha, const float* atoms, const int64_t* target, int64_t heads,
                  int64_t channels, float* out, int64_t edges, int threads) {
-  share(edges, threads, [&](int64_t first, int64_t last) {
+  share(edges, threads, [=](int64_t first, int64_t last) {
     spread(alpha, atoms, target, heads, channels, out, first, last);
   });
 }

@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fairchem_equiformer.ops.native.together import keep
+
 
 class Floats:
-    """``float*``, from a tensor that must outlive the call."""
+    """``float*``, from a tensor that must outlive the call; of deferred kernels, it does."""
 
     dtype: ClassVar[torch.dtype] = torch.float32
 
@@ -28,6 +30,7 @@ class Floats:
         """
         if tensor.dtype != cls.dtype:
             raise TypeError(f"a tensor of {tensor.dtype} where {cls.dtype} is needed")
+        keep(tensor)
         return tensor.data_ptr()
 
     @classmethod
@@ -147,6 +150,19 @@ class MatrixProductStruct(ctypes.Structure):
     )
 
 
+class EquivariantNormStruct(ctypes.Structure):
+    """``struct EquivariantNorm`` of equivariant_norm.cpp."""
+
+    _fields_ = (
+        ("weights", c_void_p * 9),
+        ("bias", c_void_p),
+        *((name, c_int64) for name in ("lmax", "channels")),
+        ("groups", c_int64 * 10),
+        ("num_groups", c_int64),
+        ("epsilon", c_float),
+    )
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Norm": NormStruct,
     "Logits": LogitsStruct,
@@ -157,11 +173,13 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Product": ProductStruct,
     "Features": FeaturesStruct,
     "MatrixProduct": MatrixProductStruct,
+    "EquivariantNorm": EquivariantNormStruct,
 }
 
 _F, _I, _N, _THREADS = Floats, Indices, c_int64, c_int
 _NORM, _LOGITS, _ROWS = POINTER(NormStruct), POINTER(LogitsStruct), POINTER(RowsStruct)
 _GRID, _GAUSSIANS, _TABLES = POINTER(GridStruct), POINTER(GaussiansStruct), POINTER(TablesStruct)
+_EQUIVARIANT = POINTER(EquivariantNormStruct)
 _PRODUCT, _FEATURES = POINTER(ProductStruct), POINTER(FeaturesStruct)
 _MATRIX_PRODUCTS = POINTER(MatrixProductStruct)
 
@@ -169,6 +187,10 @@ _MATRIX_PRODUCTS = POINTER(MatrixProductStruct)
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "built_from": (c_char_p, ()),
     "generation": (c_int, ()),
+    # together.cpp
+    "begin_together": (None, ()),
+    "run_together": (None, (_THREADS,)),
+    "end_together": (None, ()),
     **{f"sizeof_{name}": (c_int64, ()) for name in STRUCTS},
     # message.cpp
     "message_misfit": (c_char_p, (_ROWS, _N)),
@@ -187,13 +209,15 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # attention_softmax.cpp
     "logits_misfit": (c_char_p, (_N,)),
     "attention_logits": (None, (_LOGITS, _F, _N, _F, _N, _THREADS)),
-    "attention_logits_backward": (None, (_LOGITS, _F, _N, _F, _F, _F, _N, _THREADS)),
+    "attention_logits_backward": (None, (_LOGITS, _F, _N, _F, _F, _N, _F, _N, _THREADS)),
     "edge_softmax": (None, (_F, _N, _I, _F, _N, _THREADS)),
     "edge_softmax_backward": (None, (_F, _F, _N, _I, _F, _N, _THREADS)),
     # s2_grid.cpp
     "s2_grid_misfit": (c_char_p, (_GRID, _N)),
+    "silu": (None, (_F, _N, _F, _N, _N, _N, _THREADS)),
+    "silu_backward": (None, (_F, _N, _F, _N, _F, _N, _N, _N, _THREADS)),
     "s2_activation": (None, (_GRID, _F, _N, _F, _N, _N, _N, _THREADS)),
-    "s2_activation_backward": (None, (_GRID, _F, _N, _F, _N, _F, _N, _N, _THREADS)),
+    "s2_activation_backward": (None, (_GRID, _F, _N, _F, _N, _F, _N, _N, _N, _THREADS)),
     "silu_samples": (None, (_GRID, _F, _N, _F, _N, _N, _THREADS)),
     "silu_samples_backward": (None, (_GRID, _F, _N, _F, _F, _N, _N, _THREADS)),
     "integrate_silu": (None, (_GRID, _F, _F, _N, _N, _THREADS)),
@@ -217,11 +241,19 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     # matrix_products.cpp
     "prefers_own_products": (c_int, ()),
-    "matrix_products": (None, (_MATRIX_PRODUCTS, _N, _THREADS)),
+    "matrix_products": (None, (_MATRIX_PRODUCTS, _N, _N, _THREADS)),
     "pack_matrix": (None, (_F, _F, c_float, _N, _N, _N, _N, _F, _THREADS)),
     "has_bfloat16_products": (c_int, ()),
     # bfloat16_products.cpp
     "pack_bfloat16": (None, (_F, _N, _N, _N, _N, Bfloat16s, _THREADS)),
+    # sums.cpp
+    "add_rows": (None, (_F, _N, _I, _F, _N, _N, _THREADS)),
+    "sum_and_difference": (None, (_F, _F, _N, _F, _F, _N, _N, _THREADS)),
+    # equivariant_norm.cpp
+    "equivariant_norm_misfit": (c_char_p, (_N, _N)),
+    "equivariant_norm": (None, (_EQUIVARIANT, _F, _F, _N, _THREADS)),
+    "equivariant_norm_block": (c_int64, ()),
+    "equivariant_norm_backward": (None, (_EQUIVARIANT, _F, _F, _F, _F, _N, _THREADS)),
     # head_sums.cpp
     "head_sums_misfit": (c_char_p, (_N,)),
     "head_sum": (None, (_F, _F, _I, _N, _N, _F, _N, _THREADS)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fairchem_equiformer.ops.choice import VARIABLE, chosen
 from fairchem_equiformer.ops.native.interface import declare
 from fairchem_equiformer.ops.native.sources import fingerprint
+from fairchem_equiformer.ops.native.together import deferred, flush
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +99,26 @@ def _file(generation: int | None = None) -> Path:
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Give the library where it can work on these tensors; None where the reference has to run."""
-    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
-        return None
-    return library()
+    """Give the library where it can work on these tensors; None where the reference has to run.
+
+    Kernels that wait (:func:`together`) have then run.
+    """
+    kernels = None
+    if all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors):
+        kernels = library()
+    if kernels is None:
+        flush()
+    return kernels
+
+
+def together() -> AbstractContextManager[None]:
+    """Within, compiled kernels wait; at the end they have run, in one parallel region.
+
+    Until then nothing else may read what they write, but after ``flush``. Who asks for kernels and
+    gets none, so that PyTorch runs, has flushed.
+    """
+    kernels = library()
+    return nullcontext() if kernels is None else deferred(kernels)
 
 
 def dense_items(x: Tensor) -> Tensor:
@@ -117,6 +135,7 @@ def fits(kernel: str, channels: int, misfit: bytes | None) -> bool:
         misfit: what the library says against the sizes.
     """
     if misfit is not None:
+        flush()
         _log_misfit(kernel, channels, misfit.decode())
     return misfit is None
 

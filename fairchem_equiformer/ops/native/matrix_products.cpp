@@ -159,16 +159,20 @@ int has_bfloat16_products() {
 }
 
 // One after the other, all with the same number of rows where one reads what another wrote: a
-// thread computes the same rows of each.
-void matrix_products(const MatrixProduct* products, int64_t count, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
+// thread computes the same rows of each. Where `edges` is not 0, that is the number of their rows,
+// and these are edges.
+void matrix_products(const MatrixProduct* products, int64_t count, int64_t edges, int threads) {
+  if (edges)
+    return share(edges, threads, [=](int64_t first, int64_t last) {
+      for (int64_t i = 0; i < count; i++) product_rows(products[i], first, last);
+    }, Items::edges);
+  share(0, threads, [=](int64_t, int64_t) {
     const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
     for (int64_t i = 0; i < count; i++) {
       const int64_t rows = products[i].rows;
       product_rows(products[i], rows * thread / all, rows * (thread + 1) / all);
     }
-  }
+  });
 }
 
 // B + factor * other (or B alone where that is null), [k, n] with n in whole vectors, element
@@ -176,7 +180,7 @@ void matrix_products(const MatrixProduct* products, int64_t count, int threads) 
 void pack_matrix(const float* b, const float* other, float factor, int64_t b_row, int64_t b_column,
                  int64_t k, int64_t n, float* out, int threads) {
   const Source source{b, other, factor, b_row, b_column};
-  share(n / LANES, threads, [&](int64_t first, int64_t last) {
+  share(n / LANES, threads, [=](int64_t first, int64_t last) {
     pack_some(source, k, n, out, first * LANES, last * LANES);
   });
 }

@@ -28,8 +28,6 @@ struct MatrixProduct {
 
 }
 
-#define HIDDEN __attribute__((visibility("hidden")))  // from who loads the library
-
 // SiLU of the layer norm of x [., channels], rows from `first` to `last`.
 HIDDEN void norm_silu_rows(const Norm& norm, int64_t channels, const float* x, float* out,
                            int64_t first, int64_t last);

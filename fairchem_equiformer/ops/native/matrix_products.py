@@ -17,6 +17,7 @@ from fairchem_equiformer.ops.native.interface import (
     NormStruct,
 )
 from fairchem_equiformer.ops.native.loader import usable
+from fairchem_equiformer.ops.native.together import keep
 
 _WIDTH = 16
 # Less than this is done before a second thread has begun.
@@ -171,12 +172,17 @@ class MatrixProducts:
         """What they cost."""
         return sum(2 * p.rows * p.n * p.k for p in self._products)
 
-    def run(self) -> None:
-        """Compute them."""
+    def run(self, *, edges: int = 0) -> None:
+        """Compute them.
+
+        Args:
+            edges: the number of rows, where all of them have one for each edge of a chunk.
+        """
         count = len(self._products)
         array = (MatrixProductStruct * count)(*self._products)
         threads = torch.get_num_threads() if self.flop >= _LEAST_FLOP else 1
-        self._kernels.matrix_products(array, count, threads)
+        keep(array, self._kept)
+        self._kernels.matrix_products(array, count, edges, threads)
 
 
 def _room(a: Tensor | Rounded) -> Rounded:

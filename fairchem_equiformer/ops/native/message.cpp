@@ -90,6 +90,8 @@ FOR_EVERY_CPU void messages_backward(const Rows& rows, const float* rotations, c
       const float* features = x + ends[end][e] * rows.coefficients * channels;
       const int64_t weights = (e * rows.weights * 2 + end) * channels;
       const float* from = grad + (e * rows.rows * 2 + end) * channels;
+      for (int64_t w = 0; w < rows.weights; w++)
+        for (int64_t c = 0; c < channels; c++) radial_grad[weights + w * 2 * channels + c] = 0;
       float* to = x_grads[end] + e * rows.coefficients * channels;
       for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
         message_backward<vectors>(rows, rotation, features + c, channels, radial + weights + c,
@@ -115,12 +117,12 @@ void edge_message(const Rows* rows, const float* rotations, const float* x, cons
                   const int64_t* target, int64_t channels, const float* radial, float* out,
                   int64_t edges, int threads) {
   const int64_t* ends[] = {source, target};
-  share(edges, threads, [&](int64_t first, int64_t last) {
-    messages(*rows, rotations, x, ends, channels, radial, out, first, last);
-  });
+  share(edges, threads, [=, rows = *rows](int64_t first, int64_t last) {
+    messages(rows, rotations, x, ends, channels, radial, out, first, last);
+  }, Items::edges);
 }
 
-// Adds to radial_grad and writes what each edge contributes to the gradients of the two features,
+// Writes radial_grad, and what each edge contributes to the gradients of the two features,
 // [edges, coefficients, channels].
 void edge_message_backward(const Rows* rows, const float* rotations, const float* x,
                            const int64_t* source, const int64_t* target, int64_t channels,
@@ -128,9 +130,9 @@ void edge_message_backward(const Rows* rows, const float* rotations, const float
                            float* source_grad, float* target_grad, int64_t edges, int threads) {
   const int64_t* ends[] = {source, target};
   float* const x_grads[] = {source_grad, target_grad};
-  share(edges, threads, [&](int64_t first, int64_t last) {
-    messages_backward(*rows, rotations, x, ends, channels, radial, grad, radial_grad, x_grads, first,
+  share(edges, threads, [=, rows = *rows](int64_t first, int64_t last) {
+    messages_backward(rows, rotations, x, ends, channels, radial, grad, radial_grad, x_grads, first,
                       last);
-  });
+  }, Items::edges);
 }
 }

@@ -67,7 +67,7 @@ class MessageKernels:
         """
         x, rotations, radial = x.contiguous(), rotations.contiguous(), radial.contiguous()
         grad = grad.contiguous()
-        radial_grad = torch.zeros_like(radial)
+        radial_grad = torch.empty_like(radial)
         source_grad = x.new_empty(len(source), *x.shape[1:])
         target_grad = torch.empty_like(source_grad)
         self.kernels.edge_message_backward(

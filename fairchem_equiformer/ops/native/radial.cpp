@@ -194,17 +194,17 @@ const char* gaussians_misfit(const Gaussians* basis, int64_t width) {
 // distance [edges], matrix [count, width] and tables to out [edges, width].
 void gaussians_times(const Gaussians* basis, const float* distance, const float* matrix,
                      int64_t width, const Tables* tables, float* out, int64_t edges, int threads) {
-  share(edges, threads, [&](int64_t first, int64_t last) {
-    products(*basis, distance, matrix, width, *tables, out, first, last);
-  });
+  share(edges, threads, [=, basis = *basis, tables = *tables](int64_t first, int64_t last) {
+    products(basis, distance, matrix, width, tables, out, first, last);
+  }, Items::edges);
 }
 
 // Adds to matrix_grad. Threads share its columns, so that their number changes no bit.
 void gaussians_times_backward(const Gaussians* basis, const float* distance, const float* grad,
                               int64_t width, float* matrix_grad, int64_t edges, int threads) {
-  share(width / LANES, threads, [&](int64_t first, int64_t last) {
-    products_backward(*basis, distance, grad, width, matrix_grad, edges, first, last);
-  });
+  share(width / LANES, threads, [=, basis = *basis](int64_t first, int64_t last) {
+    products_backward(basis, distance, grad, width, matrix_grad, edges, first, last);
+  }, Items::columns);
 }
 
 int64_t sizeof_Norm() { return sizeof(Norm); }
@@ -217,9 +217,9 @@ const char* norm_misfit(int64_t channels) {
 // SiLU of the layer norm of x [items, channels].
 void layer_norm_silu(const Norm* norm, int64_t channels, const float* x, float* out, int64_t items,
                      int threads) {
-  share(items, threads, [&](int64_t first, int64_t last) {
-    some_norm_silu(*norm, channels, x, out, first, last);
-  });
+  share(items, threads, [=, norm = *norm](int64_t first, int64_t last) {
+    some_norm_silu(norm, channels, x, out, first, last);
+  }, Items::edges);
 }
 
 // Edges that one row of sums below belongs to.
@@ -229,9 +229,9 @@ int64_t norm_block() { return BLOCK; }
 // block of items to its own, so that the number of threads changes no bit.
 void layer_norm_silu_backward(const Norm* norm, int64_t channels, const float* x, const float* grad,
                               float* x_grad, float* sums, int64_t items, int threads) {
-  share((items + BLOCK - 1) / BLOCK, threads, [&](int64_t first, int64_t last) {
+  share((items + BLOCK - 1) / BLOCK, threads, [=, norm = *norm](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; b++)
-      some_norm_silu_backward(*norm, channels, x, grad, x_grad, sums + b * 2 * channels, b * BLOCK,
+      some_norm_silu_backward(norm, channels, x, grad, x_grad, sums + b * 2 * channels, b * BLOCK,
                               b * BLOCK + BLOCK < items ? b * BLOCK + BLOCK : items);
   });
 }

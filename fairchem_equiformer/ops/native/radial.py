@@ -17,7 +17,8 @@ from fairchem_equiformer.ops.native.interface import (
     NormStruct,
     TablesStruct,
 )
-from fairchem_equiformer.ops.native.loader import fits, usable
+from fairchem_equiformer.ops.native.loader import fits, together, usable
+from fairchem_equiformer.ops.native.sums import add_rows
 
 
 class GaussianKernels:
@@ -73,8 +74,13 @@ class GaussianKernels:
 
     def backward(self, distance: Tensor, grad: Tensor) -> Tensor:
         """Gradient of the matrix [B, H], given that of the product [E, H]."""
-        distance, grad = distance.contiguous(), grad.contiguous()
         matrix_grad = grad.new_zeros(self.struct.count, grad.shape[1])
+        self.add_backward(distance, grad, matrix_grad)
+        return matrix_grad
+
+    def add_backward(self, distance: Tensor, grad: Tensor, matrix_grad: Tensor) -> None:
+        """Add to it."""
+        distance, grad = distance.contiguous(), grad.contiguous()
         self._kernels.gaussians_times_backward(
             self.struct,
             distance,
@@ -84,7 +90,6 @@ class GaussianKernels:
             len(distance),
             torch.get_num_threads(),
         )
-        return matrix_grad
 
 
 def gaussian_kernels(
@@ -128,14 +133,36 @@ class NormSiLUKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, weight and bias."""
         x, grad = x.contiguous(), grad.contiguous()
-        norm = self.norm(weight, bias)
+        totals = x.new_zeros(2, x.shape[1])
+        x_grad = self.add_backward(x, weight, bias, grad, *totals)
+        return x_grad, *totals
+
+    def add_backward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        grad: Tensor,
+        weight_total: Tensor,
+        bias_total: Tensor,
+    ) -> Tensor:
+        """Gradient of x; those of weight and bias are added to the last two. All dense."""
         blocks = -(-len(x) // self.kernels.norm_block())
         x_grad, sums = torch.empty_like(x), x.new_zeros(blocks, 2, x.shape[1])
-        self.kernels.layer_norm_silu_backward(
-            norm, x.shape[1], x, grad, x_grad, sums, len(x), torch.get_num_threads()
-        )
-        weight_grad, bias_grad = sums.sum(0)
-        return x_grad, weight_grad, bias_grad
+        with together():
+            self.kernels.layer_norm_silu_backward(
+                self.norm(weight, bias),
+                x.shape[1],
+                x,
+                grad,
+                x_grad,
+                sums,
+                len(x),
+                torch.get_num_threads(),
+            )
+            add_rows(weight_total, None, sums[:, 0])
+            add_rows(bias_total, None, sums[:, 1])
+        return x_grad
 
     def norm(self, weight: Tensor, bias: Tensor) -> NormStruct:
         """Weight and bias, which must outlive it."""

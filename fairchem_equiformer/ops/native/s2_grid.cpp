@@ -7,6 +7,7 @@
 // opposite there (so3/grid.py). A block of points is all that is ever held.
 
 #include "matrix_products.h"
+#include "norm.h"
 #include "simd.h"
 
 namespace {
@@ -392,10 +393,11 @@ FOR_EVERY_CPU void activate_items(const Grid& grid, const float* x, int64_t x_st
 
 FOR_EVERY_CPU void activate_items_backward(const Grid& grid, const float* x, int64_t x_stride,
                                            const float* y_grad, int64_t grad_stride, float* x_grad,
-                                           int64_t channels, int64_t first, int64_t last) {
+                                           int64_t x_grad_stride, int64_t channels, int64_t first,
+                                           int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const float *at = x + i * x_stride, *from = y_grad + i * grad_stride;
-    float* to = x_grad + i * grid.in.rows * channels;
+    float* to = x_grad + i * x_grad_stride;
     for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
       activate_backward<vectors>(grid, at + c, from + c, to + c, channels);
     });
@@ -451,6 +453,32 @@ FOR_EVERY_CPU void integrate_items_backward(const Grid& grid, const float* sampl
   }
 }
 
+FOR_EVERY_CPU void silu_rows(const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                             int64_t channels, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i++)
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      Vec u[vectors], s[vectors];
+      load_all<vectors>(x + i * x_stride + c, u);
+      sigmoid<vectors>(u, s);
+      for (int v = 0; v < vectors; v++) u[v] *= s[v];
+      store_all<vectors>(u, y + i * y_stride + c);
+    });
+}
+
+FOR_EVERY_CPU void silu_rows_backward(const float* x, int64_t x_stride, const float* y_grad,
+                                      int64_t grad_stride, float* x_grad, int64_t x_grad_stride,
+                                      int64_t channels, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i++)
+    for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
+      Vec u[vectors], s[vectors], flow[vectors];
+      load_all<vectors>(x + i * x_stride + c, u);
+      load_all<vectors>(y_grad + i * grad_stride + c, flow);
+      sigmoid<vectors>(u, s);
+      for (int v = 0; v < vectors; v++) flow[v] *= s[v] * (1.0f + u[v] * (1.0f - s[v]));
+      store_all<vectors>(flow, x_grad + i * x_grad_stride + c);
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -467,52 +495,71 @@ const char* s2_grid_misfit(const Grid* grid, int64_t channels) {
 // x [items, rows_in, channels] to y [items, rows_out, channels]; each item lies dense.
 void s2_activation(const Grid* grid, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                    int64_t items, int64_t channels, int threads) {
-  share(items, threads, [&](int64_t first, int64_t last) {
-    activate_items(*grid, x, x_stride, y, y_stride, channels, first, last);
-  });
+  share(items, threads, [=, grid = *grid](int64_t first, int64_t last) {
+    activate_items(grid, x, x_stride, y, y_stride, channels, first, last);
+  }, Items::edges);
 }
 
 void s2_activation_backward(const Grid* grid, const float* x, int64_t x_stride, const float* y_grad,
-                            int64_t grad_stride, float* x_grad, int64_t items, int64_t channels,
-                            int threads) {
-  share(items, threads, [&](int64_t first, int64_t last) {
-    activate_items_backward(*grid, x, x_stride, y_grad, grad_stride, x_grad, channels, first, last);
-  });
+                            int64_t grad_stride, float* x_grad, int64_t x_grad_stride,
+                            int64_t items, int64_t channels, int threads) {
+  share(items, threads, [=, grid = *grid](int64_t first, int64_t last) {
+    activate_items_backward(grid, x, x_stride, y_grad, grad_stride, x_grad, x_grad_stride, channels,
+                            first, last);
+  }, Items::edges);
+}
+
+// SiLU of x [items, channels], rows x_stride apart, to y, rows y_stride apart.
+void silu(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t items,
+          int64_t channels, int threads) {
+  share(items, threads, [=](int64_t first, int64_t last) {
+    silu_rows(x, x_stride, y, y_stride, channels, first, last);
+  }, Items::edges);
+}
+
+// Writes x_grad, rows x_grad_stride apart.
+void silu_backward(const float* x, int64_t x_stride, const float* y_grad, int64_t grad_stride,
+                   float* x_grad, int64_t x_grad_stride, int64_t items, int64_t channels,
+                   int threads) {
+  share(items, threads, [=](int64_t first, int64_t last) {
+    silu_rows_backward(x, x_stride, y_grad, grad_stride, x_grad, x_grad_stride, channels, first,
+                       last);
+  }, Items::edges);
 }
 
 // SiLU(G x): [items, rows_in, channels] to [items, points, channels].
 void silu_samples(const Grid* grid, const float* x, int64_t x_stride, float* samples, int64_t items,
                   int64_t channels, int threads) {
-  share(items, threads, [&](int64_t first, int64_t last) {
-    sample_items(*grid, x, x_stride, samples, channels, first, last);
-  });
+  share(items, threads, [=, grid = *grid](int64_t first, int64_t last) {
+    sample_items(grid, x, x_stride, samples, channels, first, last);
+  }, Items::edges);
 }
 
 // G^-1 SiLU(s): [items, points, channels] to [items, rows_out, channels].
 void integrate_silu(const Grid* grid, const float* samples, float* y, int64_t items,
                     int64_t channels, int threads) {
-  share(items, threads, [&](int64_t first, int64_t last) {
-    integrate_items(*grid, samples, y, channels, first, last);
-  });
+  share(items, threads, [=, grid = *grid](int64_t first, int64_t last) {
+    integrate_items(grid, samples, y, channels, first, last);
+  }, Items::edges);
 }
 
 // Gradient of silu_samples: samples_grad [items, points, channels] to x_grad, contiguous.
 void silu_samples_backward(const Grid* grid, const float* x, int64_t x_stride,
                            const float* samples_grad, float* x_grad, int64_t items,
                            int64_t channels, int threads) {
-  share(items, threads, [&](int64_t first, int64_t last) {
-    sample_items_backward(*grid, x, x_stride, samples_grad, x_grad, channels, first, last);
-  });
+  share(items, threads, [=, grid = *grid](int64_t first, int64_t last) {
+    sample_items_backward(grid, x, x_stride, samples_grad, x_grad, channels, first, last);
+  }, Items::edges);
 }
 
 // Gradient of integrate_silu: y_grad [items, rows_out, channels] to samples_grad, contiguous.
 void integrate_silu_backward(const Grid* grid, const float* samples, const float* y_grad,
                              int64_t grad_stride, float* samples_grad, int64_t items,
                              int64_t channels, int threads) {
-  share(items, threads, [&](int64_t first, int64_t last) {
-    integrate_items_backward(*grid, samples, y_grad, grad_stride, samples_grad, channels, first,
+  share(items, threads, [=, grid = *grid](int64_t first, int64_t last) {
+    integrate_items_backward(grid, samples, y_grad, grad_stride, samples_grad, channels, first,
                              last);
-  });
+  }, Items::edges);
 }
 
 // G^-1 SiLU(W SiLU(G x)), item by item: of the points, a thread holds those of one.
@@ -521,7 +568,7 @@ void grid_mlp(const Grid* grid, const float* x, int64_t x_stride, const float* w
               float* buffers, int64_t points, float* y, int64_t items, int64_t channels,
               int threads) {
   const int64_t size = points * channels;
-  share(items, threads, [&](int64_t first, int64_t last) {
+  share(items, threads, [=, grid = *grid](int64_t first, int64_t last) {
     float* samples = buffers + omp_get_thread_num() * 2 * size;
     float* mixed = samples + size;
     MatrixProduct product = {};
@@ -533,10 +580,10 @@ void grid_mlp(const Grid* grid, const float* x, int64_t x_stride, const float* w
     product.a_column = 1;
     product.sign = 1;
     for (int64_t i = first; i < last; i++) {
-      sample_items(*grid, x + i * x_stride, x_stride, samples, channels, 0, 1);
+      sample_items(grid, x + i * x_stride, x_stride, samples, channels, 0, 1);
       product_rows(product, 0, points);
-      integrate_items(*grid, mixed, y + i * grid->out.rows * channels, channels, 0, 1);
+      integrate_items(grid, mixed, y + i * grid.out.rows * channels, channels, 0, 1);
     }
-  });
+  }, Items::edges);
 }
 }

@@ -47,6 +47,16 @@ class GridKernels:
         end = len(x), x.shape[2], torch.get_num_threads()
         getattr(self._kernels, name)(self.struct, *arguments, *end)
 
+    def silu(self, x: Tensor, y: Tensor) -> None:
+        """Write SiLU(x) to y, both [B, C] with dense rows."""
+        sizes = *x.shape, torch.get_num_threads()
+        self._kernels.silu(_dense_rows(x), x.stride(0), _dense_rows(y), y.stride(0), *sizes)
+
+    def silu_backward(self, x: Tensor, grad: Tensor, x_grad: Tensor) -> None:
+        """Write the gradient of :meth:`silu` to ``x_grad``; all [B, C] with dense rows."""
+        places = [part for t in (x, grad, x_grad) for part in (_dense_rows(t), t.stride(0))]
+        self._kernels.silu_backward(*places, *x.shape, torch.get_num_threads())
+
     def activation(self, x: Tensor, y: Tensor) -> None:
         """Write G^-1 SiLU(G x) to y [B, S, C], whose items must be dense."""
         if dense_items(y) is not y:
@@ -54,11 +64,15 @@ class GridKernels:
         x = dense_items(x)
         self._call("s2_activation", x, x, x.stride(0), y, y.stride(0))
 
-    def activation_backward(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of :meth:`activation`: [B, R, C]."""
+    def activation_backward(self, x: Tensor, grad: Tensor, x_grad: Tensor | None = None) -> Tensor:
+        """Gradient of :meth:`activation`: [B, R, C], in ``x_grad``, if given, of dense items."""
         x, grad = dense_items(x), dense_items(grad)
-        x_grad = x.new_empty(x.shape)
-        self._call("s2_activation_backward", x, x, x.stride(0), grad, grad.stride(0), x_grad)
+        if x_grad is None:
+            x_grad = x.new_empty(x.shape)
+        elif dense_items(x_grad) is not x_grad:
+            raise ValueError(f"items of shape {x.shape[1:]} lie at strides {x_grad.stride()[1:]}")
+        places = [part for t in (x, grad, x_grad) for part in (t, t.stride(0))]
+        self._call("s2_activation_backward", x, *places)
         return x_grad
 
     def samples(self, x: Tensor) -> Tensor:
@@ -96,6 +110,17 @@ class GridKernels:
         buffers = x.new_empty(torch.get_num_threads(), 2, points, weight.n)
         self._call("grid_mlp", x, x, x.stride(0), weight.panels, buffers, points, out)
         return out
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """It itself.
+
+    Raises:
+        ValueError: if its rows are not dense.
+    """
+    if x.stride(1) != 1:
+        raise ValueError(f"rows lie at strides {x.stride()}")
+    return x
 
 
 def grid_kernels(grid: Grid, x: Tensor) -> GridKernels | None:

@@ -1,10 +1,10 @@
 // As many floats at a time as registers of the processor hold that the library is compiled for.
 #pragma once
 
-#include <omp.h>
-
 #include <cstdint>
 #include <type_traits>
+
+#include "together.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))  // after the arguments of a lambda
@@ -103,14 +103,4 @@ INLINE void sigmoid(const Vec* x, Vec* out) {
   for (int i = 0; i < N; i++) t[i] = x[i] * -LOG2_E;
   power_of_two<N>(t, out);
   for (int i = 0; i < N; i++) out[i] = 1.0f / (1.0f + out[i]);
-}
-
-// Calls work(first, last) on every thread's share of the items.
-template <typename Work>
-INLINE void share(int64_t items, int threads, const Work& work) {
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
-    work(items * thread / all, items * (thread + 1) / all);
-  }
 }
