@@ -182,6 +182,7 @@ def so2_linear_backward(
     """
     if isinstance(weights, PackedSO2Weights):
         return packed_so2_linear_backward(grad, x, weights, weight_grads)
+    flush()
     if weight_grads[0].dtype != weights.zero.dtype:
         return _backward_in_fewer_digits(grad, x, weights, weight_grads)
     x_grad = torch.empty_like(x)
