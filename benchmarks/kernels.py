@@ -29,12 +29,14 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import time_model
 from benchmarks.sizes import SIZES, Sizes
-from benchmarks.time_model import RADIAL_HIDDEN
+from benchmarks.time_model import GAUSSIANS, RADIAL_HIDDEN
+from fairchem_equiformer.ops.triton import gaussians as gaussians_module
 from fairchem_equiformer.ops.triton import grid as grid_module
 from fairchem_equiformer.ops.triton import grid_mlp as grid_mlp_module
 from fairchem_equiformer.ops.triton.aggregate import AggregateKernels
 from fairchem_equiformer.ops.triton.attention import LogitKernels, SoftmaxKernels
 from fairchem_equiformer.ops.triton.gate import GateKernels
+from fairchem_equiformer.ops.triton.gaussians import GaussianKernels
 from fairchem_equiformer.ops.triton.grid import GridKernels
 from fairchem_equiformer.ops.triton.grid_mlp import GridMLPKernels
 from fairchem_equiformer.ops.triton.message import MessageKernels
@@ -114,8 +116,8 @@ def recorded_launches() -> Iterator[list[Launch]]:
 def launches(sizes: Sizes, capability: int) -> list[Launch]:
     """Every launch of a block of this size and of the embedding, forward and backward.
 
-    What makes products comes three times: in float32 (by three of TF32), TF32 and bfloat16. Below
-    compute capability 8.0 it is PyTorch's.
+    What makes products comes three times: in float32 (by three of TF32), TF32 and bfloat16, but the
+    radial function is never in bfloat16. Below compute capability 8.0 it is PyTorch's.
     """
     edge, out = sizes.layout, sizes.layout
     x = torch.empty(ATOMS, edge.num_coefficients, sizes.channels)
@@ -153,6 +155,9 @@ def launches(sizes: Sizes, capability: int) -> list[Launch]:
         embedding.backward_values(rotations, x, target, 1, torch.float32)
         _nodes(sizes, x)
         if capability >= 80:
+            for kind in ("tf32x3", "tf32"):
+                with mock.patch.object(gaussians_module, "precision", return_value=kind):
+                    _first_radial_layer(layer)
             for dtype, kind in PRODUCTS:
                 with (
                     mock.patch.object(grid_module, "precision", return_value=kind),
@@ -161,6 +166,15 @@ def launches(sizes: Sizes, capability: int) -> list[Launch]:
                     _activate(sizes, dtype)
                     _grid_mlp(sizes, dtype)
     return found
+
+
+def _first_radial_layer(hidden: torch.Tensor) -> None:
+    centers, distance = torch.empty(GAUSSIANS), torch.empty(EDGES)
+    matrix, table = torch.empty(GAUSSIANS, RADIAL_HIDDEN), torch.empty(90, RADIAL_HIDDEN)
+    element = torch.zeros(EDGES, dtype=torch.int64)
+    kernels = GaussianKernels(centers, -1.0, -40.0)
+    kernels.forward(distance, matrix, hidden[0], [(table, element)] * 2)
+    kernels.backward(distance, hidden)
 
 
 def _nodes(sizes: Sizes, x: torch.Tensor) -> None:

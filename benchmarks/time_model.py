@@ -81,16 +81,29 @@ class _Counts:
         self.hidden = self.coefficients * sizes.ffn_hidden
         self.hidden_points = self.points * sizes.ffn_hidden
 
-    @cached_property
-    def radial_flop(self) -> float:
-        hidden = RADIAL_HIDDEN
-        return 2 * hidden * (GAUSSIANS + hidden + self.radial)
+    def radial_stages(self, name: str, out: int, share: float = 1) -> list[Stage]:
+        """Of a radial function of so many weights, or of a share of it.
 
-    @property
-    def radial_hidden(self) -> float:
-        """Floats of the radial function's hidden layers: what each step reads and writes."""
-        product, elements, bias, norm_silu = 2, 2 * 4, 2, 2  # elements are looked up, then added
-        return (2 * product + elements + bias + 2 * norm_silu) * RADIAL_HIDDEN
+        The first layer writes its result; then come norm and SiLU and a product, twice.
+        """
+        hidden = RADIAL_HIDDEN
+        return [
+            Stage(
+                f"{name}, first layer (Triton)",
+                2 * hidden * GAUSSIANS * share,
+                0,
+                hidden * share,
+                GAUSSIANS / 2 * share,  # an exponential is half of a SiLU
+                in_parts=True,
+            ),
+            Stage(
+                f"{name}, the rest",
+                2 * hidden * (hidden + out) * share,
+                0,
+                (7 * hidden + out) * share,
+                2 * hidden * share,
+            ),
+        ]
 
     @cached_property
     def degrees_flop(self) -> float:
@@ -151,7 +164,7 @@ def ours(sizes: Sizes, *, tensor_cores: bool) -> list[Stage]:
     extra = n.scalars + hidden
     to_grid = 2.0 * n.points * hidden * (n.rows + n.rows - 1)
     return [
-        Stage("radial function", n.radial_flop, 0, 2 * GAUSSIANS + n.radial_hidden + n.radial),
+        *n.radial_stages("radial function", n.radial),
         Stage(
             "message (Triton)",
             0,
@@ -194,12 +207,12 @@ def ours(sizes: Sizes, *, tensor_cores: bool) -> list[Stage]:
             layers=("SO(3) layers, sums", n.so3_floats + 6 * n.atom),
             mlp=("grid MLP (Triton)", 1, 2 * n.hidden),
         ),
+        *n.radial_stages("edge-degree embedding, a share", n.degrees, 1 / sizes.blocks),
         Stage(
-            "edge-degree embedding (Triton), a share",
-            n.degrees_flop / sizes.blocks,
+            "edge-degree embedding, a share, sum (Triton)",
+            0,
             2.0 * (sizes.lmax + 1) ** 2 * sizes.channels / sizes.blocks,
-            (2 * GAUSSIANS + n.radial_hidden + 2 * n.degrees + sizes.entries + n.atom / NEIGHBORS)
-            / sizes.blocks,
+            (n.degrees + sizes.entries + n.atom / NEIGHBORS) / sizes.blocks,
         ),
     ]
 

@@ -31,13 +31,21 @@ from fairchem_equiformer.ops.edges import chunk_frames, truncation_rescale
 from fairchem_equiformer.ops.gate import gate_activation
 from fairchem_equiformer.ops.grid_mlp import grid_mlp
 from fairchem_equiformer.ops.message import message, message_backward
-from fairchem_equiformer.ops.radial import _norm_silu
+from fairchem_equiformer.ops.radial import (
+    EdgeScalars,
+    GaussianBasis,
+    RadialTables,
+    _first_layer,
+    _norm_silu,
+)
 from fairchem_equiformer.ops.rotate import rotate_back_and_sum
 from fairchem_equiformer.ops.s2_activation import s2_activation, separable_s2_activation
+from fairchem_equiformer.ops.triton import gaussians as gaussians_module
 from fairchem_equiformer.ops.triton import grid_mlp as grid_mlp_module
 from fairchem_equiformer.ops.triton import loader
 from fairchem_equiformer.ops.triton import norm as norm_module
 from fairchem_equiformer.ops.triton import radial as radial_module
+from fairchem_equiformer.ops.triton.gaussians import _tf32
 from fairchem_equiformer.so3.grid import GridSpec
 from fairchem_equiformer.so3.layout import layout
 from tests.test_ops import CASES, HEADS, attend, features, gradients, make_graph
@@ -299,6 +307,69 @@ def test_norm(kind, lmax, channels, atoms, monkeypatch):
     parameters = [torch.randn_like(p) for p in NORMS[kind](lmax, channels).parameters()]
     by_kernels_and_exactly(both, x, *parameters)
     assert launched == {"norm_forward", "norm_backward"}
+
+
+@pytest.mark.parametrize("elements", [0, 4])
+@pytest.mark.parametrize(("num_basis", "channels"), [(2, 5), (40, 20)])
+@pytest.mark.parametrize("edges", [0, 1, 40])
+def test_first_radial_layer(edges, num_basis, channels, elements, monkeypatch):
+    launched = launched_by(gaussians_module, monkeypatch)
+    monkeypatch.setattr(gaussians_module, "SPLITS", 2)  # fewer than blocks of edges
+    monkeypatch.setattr(gaussians_module, "_EDGES", 32)  # half of it, by three of TF32
+    monkeypatch.setattr(gaussians_module, "_COLUMNS", 16)  # 20 take two blocks
+    numbers = [torch.randint(elements, (edges,), device=DEVICE) if elements else None] * 2
+    distance = 6 * torch.rand(edges)
+
+    def both(distance, centers, *weights):
+        scalars = EdgeScalars(distance, *numbers)
+        names = ["gaussians", "bias_1", "source", "target"][: len(weights)]
+
+        @differentiated
+        def layer(*weights):
+            tables = RadialTables(**absent | dict(zip(names, weights, strict=True)))
+            return _first_layer(scalars, tables, GaussianBasis(centers, -0.7))
+
+        return layer(*weights)
+
+    absent = dict.fromkeys(RadialTables._fields)
+    weights = [torch.randn(num_basis, channels), torch.randn(channels)]
+    weights += [torch.randn(elements, channels) for _ in range(2) if elements]
+    by_kernels_and_exactly(both, distance, torch.linspace(0, 5, num_basis), *weights)
+    assert launched == {"gaussians_forward", "gaussians_backward"}
+
+
+@pytest.mark.parametrize(("setting", "allowed"), [("highest", 1e-5), ("high", 1e-2)])
+def test_first_radial_layer_at_full_width(setting, allowed, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    distance = 6 * torch.rand(70, device=DEVICE)
+    centers = torch.linspace(0, 6, 600, device=DEVICE)
+    weights = [torch.randn(*shape, device=DEVICE) for shape in ((600, 128), (128,))]
+
+    def layer(distance, centers, *weights):
+        basis = GaussianBasis(centers, -1250.0)
+        tables = RadialTables(
+            **dict.fromkeys(RadialTables._fields) | dict(zip(names, weights, strict=True))
+        )
+        return _first_layer(EdgeScalars(distance, None, None), tables, basis)
+
+    names = "gaussians", "bias_1"
+    inputs = distance, centers, *weights
+    found, expected = layer(*inputs), layer(*(x.double() for x in inputs))
+    assert relative_error(found, expected) < allowed
+
+
+@triton.jit
+def _kept_by_tf32(out, x, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, _tf32(tl.load(x + i)))
+
+
+def test_what_tf32_keeps():
+    x = torch.randn(64, device=DEVICE)
+    kept = torch.empty_like(x)
+    _kept_by_tf32[(1,)](kept, x, BLOCK=64)
+    assert not (kept.view(torch.int32) & 0x1FFF).any()
+    assert ((kept - x).abs() <= x.abs() * 2**-11).all()
 
 
 @pytest.mark.parametrize(("channels", "edges"), [(5, 0), (5, 1), (24, 400), (64, 40), (130, 17)])

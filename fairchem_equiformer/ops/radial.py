@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from fairchem_equiformer.ops.native import (
     gaussian_kernels,
     norm_silu_kernels,
 )
+from fairchem_equiformer.ops.segments import add_rows
+
+if TYPE_CHECKING:
+    from fairchem_equiformer.ops.triton.gaussians import GaussianKernels as TritonGaussianKernels
 
 # Negligible beside 1 (4e-18). Smaller values lead to subnormal numbers, ten times as slow.
 _LEAST_EXPONENT = -40.0
@@ -222,12 +226,12 @@ def _leaves(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 
 class _FirstLayer(torch.autograd.Function):
-    """With the compiled kernels."""
+    """With the compiled kernels, or Triton's."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: GaussianKernels,
+        kernels: GaussianKernels | TritonGaussianKernels,
         edges: EdgeScalars,
         matrix: Tensor,
         bias: Tensor,
@@ -243,10 +247,9 @@ class _FirstLayer(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         edges = ctx.edges
-        found = [
-            torch.zeros_like(table).index_add_(0, element, grad)
-            for table, element in zip(ctx.saved_tensors, edges.elements, strict=False)
-        ]
+        found = [torch.zeros_like(table) for table in ctx.saved_tensors]
+        for total, element in zip(found, edges.elements, strict=False):
+            add_rows(total, element, grad)
         return None, None, ctx.kernels.backward(edges.distance, grad), grad.sum(0), *found
 
 
@@ -264,9 +267,13 @@ def _gaussian_kernels(
 
 def _first_layer(edges: EdgeScalars, tables: RadialTables, basis: Basis) -> Tensor:
     """Weights times (Gaussians, source and target embedding), plus bias: [E, H]."""
-    kernels = _gaussian_kernels(edges, tables, basis)
+    weights = tables.gaussians, tables.bias_1, *tables.looked_up
+    kernels: GaussianKernels | TritonGaussianKernels | None = None
+    if isinstance(basis, GaussianBasis):
+        constants = basis.centers, basis.coefficient, _LEAST_EXPONENT
+        kernels = triton.gaussian_kernels(edges.distance, *constants, *weights)
+    kernels = kernels or _gaussian_kernels(edges, tables, basis)
     if kernels is not None:
-        weights = tables.gaussians, tables.bias_1, *tables.looked_up
         out: Tensor = _FirstLayer.apply(kernels, edges, *weights)
         return out
     hidden = gaussians(edges.distance, basis) @ tables.gaussians

@@ -17,6 +17,7 @@ from fairchem_equiformer.so3.layout import Layout, layout
 if TYPE_CHECKING:
     from fairchem_equiformer.ops.triton.aggregate import AggregateKernels
     from fairchem_equiformer.ops.triton.attention import LogitKernels, SoftmaxKernels
+    from fairchem_equiformer.ops.triton.gaussians import GaussianKernels
     from fairchem_equiformer.ops.triton.grid import GridKernels
     from fairchem_equiformer.ops.triton.grid_mlp import GridMLPKernels
     from fairchem_equiformer.ops.triton.message import MessageKernels
@@ -113,6 +114,23 @@ def gate_activation(x: Tensor, gates: Tensor, rows: tuple[tuple[int, int], ...])
     from fairchem_equiformer.ops.triton import gate
 
     return gate.gate(gate.GateKernels(rows), x, gates)
+
+
+def gaussian_kernels(
+    distance: Tensor,
+    centers: Tensor,
+    coefficient: float,
+    least_exponent: float,
+    matrix: Tensor,
+    *terms: Tensor,
+) -> GaussianKernels | None:
+    """Kernels for Gaussians times such a matrix, and such terms to add; None as above."""
+    tensors = distance, centers, matrix, *terms
+    if not usable("radial functions' first layers", *tensors, least=8):  # as the grid's
+        return None
+    from fairchem_equiformer.ops.triton.gaussians import GaussianKernels
+
+    return GaussianKernels(centers, coefficient, least_exponent)
 
 
 def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor | None:
