@@ -1,26 +1,29 @@
 """This package against fairchem's own model on a GPU: ``python -m benchmarks.gpu FOLDER``.
 
-Started by ``benchmarks/gpu.sh``. One process measures the rates of the device, then every row of
-the targets in float32, TF32 and bfloat16 autocast: stock, this package with Triton's kernels, this
+Started by ``benchmarks/gpu.sh``. Measured are the rates of the device, then every row of the
+targets in float32, TF32 and bfloat16 autocast: stock, this package with Triton's kernels, this
 package in PyTorch alone and, for inference, as calculators run it (CUDA graphs), on the same
-weights. What fails says why and the rest goes on; what
-there is no time for is named.
+weights. Each measurement is written as soon as it is there. What fails says why and the rest goes
+on, in a new process where the old one ended, hung or lost its device; what there is no time for
+is named. Called again with the same folder, it measures what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +39,7 @@ from fairchem_equiformer.nn.frozen import FrozenWeights
 from fairchem_equiformer.ops.choice import VARIABLE
 
 Record = dict[str, Any]
+Key = tuple[str, str, int, int, str, str]  # row, implementation, mode
 MODES = ("fp32", "tf32", "bf16")
 RECORDED = "ours on frozen weights"  # as calculators run it: one CUDA graph
 KERNELS = {
@@ -46,24 +50,46 @@ KERNELS = {
 IMPLEMENTATIONS = ("stock", *KERNELS)
 COPPER = 2.553  # Angstrom between neighbours
 
+# Seconds. The first two are guesses; longer than the third, and the process is given up.
+PER_MEASUREMENT, PER_STOCK_MODEL, AT_MOST = 5, 10, 90
+ENDED = f"its process ended, or took longer than {AT_MOST} s"
+DEVICE_LOST = 75  # exit code
+
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table of targets."""
+    """A line of the table of targets: how many times less than stock's, by mode."""
 
     task: str  # inference or training
     model: str
     copies: int
     atoms: int
+    seconds: tuple[float, ...]
+    peak_bytes: tuple[float, ...] = ()  # no target without
+
+    def key(self, implementation: str, mode: str) -> Key:
+        """What one measurement is known by."""
+        return self.task, self.model, self.copies, self.atoms, implementation, mode
 
 
 ROWS = (
-    Row("inference", "31M", 1, 80),
-    Row("inference", "31M", 8, 80),
-    Row("inference", "153M", 8, 80),
-    Row("training", "153M", 4, 80),
+    Row("inference", "31M", 1, 80, (4, 5, 5)),
+    Row("inference", "31M", 8, 80, (2.5, 5, 6)),
+    Row("inference", "153M", 8, 80, (2.5, 4, 6)),
+    Row("training", "153M", 4, 80, (2, 3, 4), (10, 10, 15)),
 )
-DRY_ROWS = (Row("inference", "tiny", 2, 10), Row("training", "tiny", 1, 10))
+DRY_ROWS = (
+    Row("inference", "tiny", 2, 10, (1, 1, 1)),
+    Row("training", "tiny", 1, 10, (1, 1, 1), (1, 1, 1)),
+)
+
+
+def planned(row: Row) -> list[tuple[str, str]]:
+    """Implementations and modes of a row; stock last, which needs most memory."""
+    names = [n for n in (*KERNELS, "stock") if n != RECORDED or row.task == "inference"]
+    return [(name, mode) for name in names for mode in MODES]
+
+
 # Of configs/oc20/all_md, which need fairchem-core to be read.
 KEYS: dict[str, Any] = {
     "use_pbc": True,
@@ -207,15 +233,51 @@ def stock(keys: dict[str, Any]) -> nn.Module:
 
 
 class Session:
-    """The device, the clock, and where results go."""
+    """The device, the clock, and what was measured, also by processes before this one."""
 
     def __init__(self, folder: Path, *, dry: bool, minutes: float) -> None:
         self.folder = folder
         self.dry = dry
+        self.rows = DRY_ROWS if dry else ROWS
         self.device = "cpu" if dry else "cuda"
         self.end = time.monotonic() + 60 * minutes
         self.seconds = 0.0 if dry else 2.0  # of a measurement
-        self.records: list[Record] = []
+        self.about = {
+            "device": "cpu" if dry else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+        }
+        self.records: dict[Key, Record] = {}
+        self.results: dict[Key, dict[str, Tensor]] = {}
+        self._continue()
+
+    def _continue(self) -> None:
+        """Read what there is of the same device and versions."""
+        lines, results = self.folder / "results.jsonl", self.folder / "results.pt"
+        if results.exists():
+            self.results = torch.load(results, weights_only=True)
+        for line in lines.read_text().splitlines() if lines.exists() else ():
+            record = json.loads(line)
+            if self.about.items() <= record.items():
+                self.records[tuple(record["key"])] = record
+        self.results = {key: own for key, own in self.results.items() if key in self.records}
+
+    def keep(self, key: Key, record: Record) -> None:
+        """Write a record beside the others, and the table of them all."""
+        record = self.about | {"key": key} | record
+        results = record.pop("results", None)
+        if results is not None:
+            self.results[key] = results
+            torch.save(self.results, self.folder / ".results.pt")
+            (self.folder / ".results.pt").rename(self.folder / "results.pt")
+        self.records[key] = record
+        self.write("results.jsonl", "".join(json.dumps(r) + "\n" for r in self.records.values()))
+        self.write("table.md", table(self))
+
+    def forget_failures(self) -> None:
+        """What failed is tried again."""
+        self.records = {key: r for key, r in self.records.items() if "failure" not in r}
+        self.write("results.jsonl", "".join(json.dumps(r) + "\n" for r in self.records.values()))
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -299,7 +361,7 @@ def measure(
     session: Session, row: Row, name: str, mode: str, model: nn.Module, data: Structures
 ) -> Record:
     """Time, memory and results of one implementation."""
-    record = asdict(row) | {"implementation": name, "mode": mode}
+    record: Record = {}
     choice = {VARIABLE: KERNELS.get(name, "auto")}
     model.train(row.task == "training")
     frozen = FrozenWeights().used_by(model) if name == RECORDED else contextlib.nullcontext()
@@ -326,11 +388,10 @@ def write_profile(session: Session, row: Row, mode: str, call: Callable[[], obje
     session.write(f"profile_{row.task}_{row.model}_{row.copies}x{row.atoms}_{mode}.txt", text)
 
 
-def attempt(session: Session, label: str, call: Callable[[], Record]) -> Record:
+def attempt(label: str, call: Callable[[], Record]) -> Record:
     """A record, or one that says why there is none."""
-    if time.monotonic() > session.end:
-        return {"failure": "no time left"}
     print(label, file=sys.stderr)
+    faulthandler.dump_traceback_later(AT_MOST, exit=True)
     try:
         return call()
     except Exception as error:  # noqa: BLE001  # the rest is measured nevertheless
@@ -338,85 +399,106 @@ def attempt(session: Session, label: str, call: Callable[[], Record]) -> Record:
         print(f"{label}: {reason}", file=sys.stderr)
         return {"failure": reason[:300]}
     finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def stop_without_device(session: Session) -> None:
+    """End this process if an error has taken the device from it: all that follows would fail."""
+    if session.dry:
+        return
+    try:
+        session.synchronize()
         gc.collect()
-        if not session.dry:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        print(f"the device is lost: {error}", file=sys.stderr)
+        sys.exit(DEVICE_LOST)
 
 
-def measure_row(session: Session, row: Row) -> list[Record]:
-    """One row by all implementations in all modes, on the same weights and structures."""
-    keys, device = keys_of(row.model), session.device
+def measure_row(session: Session, row: Row) -> None:
+    """What is missing of one row, by all implementations in all modes, on the same weights."""
+    left = [pair for pair in planned(row) if row.key(*pair) not in session.records]
+    if not left:
+        return
     torch.manual_seed(0)
-    own = EquiformerV2(**keys).to(device)
-    data = Structures.of(row.copies, row.atoms, device)
-    found: dict[tuple[str, str], Record] = {}
-    for name in (*KERNELS, "stock"):
-        if name == RECORDED and row.task == "training":
+    own = EquiformerV2(**keys_of(row.model)).to(session.device)
+    data = Structures.of(row.copies, row.atoms, session.device)
+    model: nn.Module = own
+    for name, mode in left:
+        key = row.key(name, mode)
+        if time.monotonic() > session.end:
+            session.keep(key, {"failure": "no time left"})
             continue
-        model: nn.Module = own
-        if name == "stock":
+        session.keep(key, {"failure": ENDED})  # unless it is replaced
+        label = f"{row.task}, {row.model}, {row.copies} x {row.atoms} atoms, {name}, {mode}"
 
-            def build() -> Record:
-                made = stock(keys).to(device)
-                weights = dict(own.named_parameters())
-                with torch.no_grad():
-                    for key, parameter in made.named_parameters():
-                        parameter.copy_(weights[key])
-                return {"model": made}
+        def call(name: str = name, mode: str = mode) -> Record:
+            nonlocal model
+            if name == "stock" and model is own:
+                model = stock_like(own, keys_of(row.model))
+            return measure(session, row, name, mode, model, data)
 
-            built = attempt(session, f"{row}: building the stock model", build)
-            model = built.get("model", own)
-        for mode in MODES:
-            label = f"{row.task}, {row.model}, {row.copies} x {row.atoms} atoms, {name}, {mode}"
-            identity = asdict(row) | {"implementation": name, "mode": mode}
-            if name == "stock" and "failure" in built:
-                record = built
-            else:
-                record = attempt(
-                    session,
-                    label,
-                    lambda n=name, m=mode, of=model: measure(session, row, n, m, of, data),
-                )
-            found[name, mode] = identity | record
-    return compared(found)
+        session.keep(key, attempt(label, call))
+        stop_without_device(session)
 
 
-def compared(found: dict[tuple[str, str], Record]) -> list[Record]:
-    """The records, with each one's difference from the stock model in float32."""
-    reference = found["stock", "fp32"].get("results") or found["ours", "fp32"].get("results")
-    records = []
-    for record in found.values():
-        results = record.pop("results", None)
-        if results is not None and reference is not None:
-            record["difference"] = {
-                key: ((results[key] - value).abs().max() / value.abs().max()).item()
-                for key, value in reference.items()
-            }
-        records.append(record)
-    return records
+def stock_like(own: nn.Module, keys: dict[str, Any]) -> nn.Module:
+    """fairchem's model with the weights of ours, on the same device."""
+    weights = dict(own.named_parameters())
+    made = stock(keys).to(next(own.parameters()).device)
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            parameter.copy_(weights[key])
+    return made
 
 
-def table(records: list[Record]) -> str:
-    """Markdown: milliseconds and peak memory, and how many times less than stock's they are."""
-    header = ("work", "mode", "implementation", "ms", "ratio", "peak / MB", "ratio", "difference")
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    of_stock = {
-        (r["task"], r["model"], r["copies"], r["mode"]): r
-        for r in records
-        if r["implementation"] == "stock"
-    }
-    for r in records:
-        first = of_stock[r["task"], r["model"], r["copies"], r["mode"]]
-        work = f"{r['task']}, {r['model']}, {r['copies']} x {r['atoms']} atoms"
-        cells = [work, r["mode"], r["implementation"]]
-        if "failure" in r:
-            cells += [r["failure"].replace("|", "/"), "", "", "", ""]
-        else:
-            cells += [f"{1e3 * r['seconds']:.2f}", ratio(first, r, "seconds")]
-            cells += [f"{r['peak_bytes'] / 1e6:.0f}", ratio(first, r, "peak_bytes")]
-            cells.append(f"{max(r['difference'].values()):.1e}" if "difference" in r else "")
-        lines.append("| " + " | ".join(cells) + " |")
+def difference(session: Session, row: Row, name: str, mode: str) -> str:
+    """The results' largest difference from those of stock in float32, or of ours without that."""
+    own = session.results.get(row.key(name, mode))
+    references = [session.results.get(row.key(other, "fp32")) for other in ("stock", "ours")]
+    reference = next((found for found in references if found is not None), None)
+    if own is None or reference is None:
+        return ""
+    errors = [(own[k] - v).abs().max() / v.abs().max() for k, v in reference.items()]
+    return f"{max(errors).item():.1e}"
+
+
+def table(session: Session) -> str:
+    """Markdown: time and peak memory, and how many times less than stock's they are and have to be.
+
+    The targets stand beside what a user gets: inference on frozen weights, training with kernels.
+    """
+    header = ("work", "mode", "implementation", "ms", "ratio", "target", "peak / MB", "ratio")
+    lines = ["| " + " | ".join((*header, "target", "difference")) + " |", "|" + "---|" * 10]
+    for row in session.rows:
+        for name, mode in planned(row):
+            record = session.records.get(row.key(name, mode), {"failure": "not measured"})
+            work = f"{row.task}, {row.model}, {row.copies} x {row.atoms} atoms"
+            cells = [work, mode, name, *figures(session, row, name, mode, record)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def figures(session: Session, row: Row, name: str, mode: str, record: Record) -> list[str]:
+    """Cells of the table behind the names."""
+    offered = RECORDED if row.task == "inference" else "ours"
+    place = MODES.index(mode)
+    targets = [
+        f"{wanted[place]:g}" if name == offered and wanted else ""
+        for wanted in (row.seconds, row.peak_bytes)
+    ]
+    if "failure" in record:
+        return [record["failure"].replace("|", "/"), "", targets[0], "", "", targets[1], ""]
+    first = session.records.get(row.key("stock", mode), {})
+    return [
+        f"{1e3 * record['seconds']:.2f}",
+        ratio(first, record, "seconds"),
+        targets[0],
+        f"{record['peak_bytes'] / 1e6:.0f}",
+        ratio(first, record, "peak_bytes"),
+        targets[1],
+        difference(session, row, name, mode),
+    ]
 
 
 def ratio(first: Record, record: Record, key: str) -> str:
@@ -424,32 +506,65 @@ def ratio(first: Record, record: Record, key: str) -> str:
     return f"{first[key] / record[key]:.2f}" if first.get(key) and record.get(key) else ""
 
 
+def work(session: Session) -> None:
+    """Measure what is missing."""
+    if not (session.folder / "rates.json").exists():
+        found = attempt("rates of the device", lambda: rates(session))
+        if "failure" not in found:
+            session.write("rates.json", json.dumps(session.about | found, indent=1) + "\n")
+        stop_without_device(session)
+    for row in session.rows:
+        measure_row(session, row)
+
+
+def missing(session: Session) -> list[Key]:
+    """What was not measured, or failed."""
+    keys = [row.key(*pair) for row in session.rows for pair in planned(row)]
+    return [key for key in keys if "failure" in session.records.get(key, {"failure": ""})]
+
+
+def supervise(folder: Path, end: float, *, dry: bool) -> None:
+    """Have a process measure, and another one what is left where it ended before its time."""
+    tried = -1
+    while time.monotonic() < end:
+        left = (end - time.monotonic()) / 60
+        command = [sys.executable, "-m", "benchmarks.gpu", str(folder), "--worker"]
+        command += ["--minutes", f"{left:.2f}", *(["--dry-run"] if dry else [])]
+        ended = subprocess.run(command, check=False).returncode
+        lines = folder / "results.jsonl"
+        now = len(lines.read_text().splitlines()) if lines.exists() else 0
+        if ended == 0 or now == tried:  # as it should, or nothing can be measured at all
+            return
+        tried = now
+
+
 def main() -> None:
-    """Measure everything; write after each row, so that what was measured is there."""
+    """Measure everything."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny")
-    parser.add_argument("--minutes", type=float, default=5.0, help="start nothing after these")
+    parser.add_argument("--minutes", type=float, default=5.5, help="start nothing after these")
+    parser.add_argument("--worker", action="store_true", help="in this process, and no other one")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     options.folder.mkdir(parents=True, exist_ok=True)
-    session = Session(options.folder, dry=options.dry_run, minutes=options.minutes)
-    if not session.dry and not torch.cuda.is_available():
+    if not options.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU; --dry-run tries everything on the CPU")
-    about = {
-        "device": "cpu" if session.dry else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-    }
-    session.write("rates.json", json.dumps(about | rates(session), indent=1) + "\n")
-    for row in DRY_ROWS if session.dry else ROWS:
-        session.records += [about | record for record in measure_row(session, row)]
-        lines = [json.dumps(record) + "\n" for record in session.records]
-        session.write("results.jsonl", "".join(lines))
-        session.write("table.md", table(session.records))
-    print(table(session.records))
-    if session.dry and any("failure" in record for record in session.records):
-        sys.exit("the dry run failed: see the table")
+    end = time.monotonic() + 60 * options.minutes
+    session = Session(options.folder, dry=options.dry_run, minutes=options.minutes)
+    if options.worker:
+        work(session)
+        return
+    session.forget_failures()
+    left = missing(session)
+    seconds = PER_MEASUREMENT * len(left) + PER_STOCK_MODEL * len({key[:4] for key in left})
+    print(f"{len(left)} measurements, about {seconds} s; none begins after {options.minutes:g} min")
+    supervise(options.folder, end, dry=options.dry_run)
+    session = Session(options.folder, dry=options.dry_run, minutes=0)
+    print(table(session))
+    left = missing(session)
+    if left:
+        sys.exit(f"{len(left)} measurements are missing: see the table, and call this again")
 
 
 if __name__ == "__main__":
