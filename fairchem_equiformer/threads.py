@@ -19,8 +19,14 @@ _TURNS = 10_000  # a fraction of a millisecond; with 1,000 a step is slower on i
 
 def wait_asleep() -> None:
     """Let threads that wait go to sleep after a while; too late once torch is imported."""
-    if "torch" not in sys.modules and WAIT_POLICY not in os.environ:
-        os.environ.setdefault(SPIN_COUNT, str(_TURNS))
+    if "torch" not in sys.modules:
+        os.environ.update(settings())
+
+
+def settings() -> dict[str, str]:
+    """The variables that this sets; none where somebody has set one of them."""
+    somebody_has = SPIN_COUNT in os.environ or WAIT_POLICY in os.environ
+    return {} if somebody_has else {SPIN_COUNT: str(_TURNS)}
 
 
 def waiting() -> str:
