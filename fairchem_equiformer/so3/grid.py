@@ -11,9 +11,9 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from e3nn import o3
 from torch import Tensor
 
+from fairchem_equiformer.so3 import harmonics as spherical
 from fairchem_equiformer.so3.layout import Layout, layout
 
 
@@ -122,22 +122,22 @@ def _harmonics(layout: Layout, resolution: int | None, l_major: bool) -> _Harmon
     orders = tuple(range(-layout.mmax, layout.mmax + 1))
     rows = layout.l_major if l_major else layout.m_major
     longitude = [(m * azimuth).cos() if m >= 0 else (-m * azimuth).sin() for m in orders]
-    degrees = list(range(layout.lmax + 1))
     latitude = torch.empty(latitudes, len(rows), dtype=double)
     for m in orders:
         # where the function of the longitude is 1
-        meridian = torch.full_like(polar, 0.0 if m >= 0 else math.pi / (-2 * m))
-        harmonics = o3.spherical_harmonics(
-            degrees, o3.angles_to_xyz(meridian, polar), normalize=True, normalization="norm"
-        )
+        meridian = 0.0 if m >= 0 else math.pi / (-2 * m)
+        ring = polar.sin()
+        points = [ring * math.sin(meridian), polar.cos(), ring * math.cos(meridian)]
+        values = spherical.harmonics(torch.stack(points, dim=1), layout.lmax)
         for row in [row for row, (_, order) in enumerate(rows) if order == m]:
             degree = rows[row][0]
-            latitude[:, row] = harmonics[:, degree**2 + degree + m]
+            latitude[:, row] = values[:, degree**2 + degree + m]
 
     size = torch.tensor([2 * degree + 1 for degree, _ in rows], dtype=double)
     rescale = torch.tensor(layout.truncation_rescale, dtype=double)
     rescale = rescale[[degree**2 + degree + m for degree, m in rows]]
     norm = math.sqrt(layout.lmax + 1)
+    latitude /= size.sqrt()
     return _Harmonics(
         rows,
         orders,

@@ -15,10 +15,10 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from e3nn import o3
 from torch import Tensor
 
 from fairchem_equiformer.so3.frames import edge_angles
+from fairchem_equiformer.so3.harmonics import harmonics
 from fairchem_equiformer.so3.layout import Layout
 
 
@@ -33,8 +33,7 @@ def swap_matrix(degree: int) -> Tensor:
     generator = torch.Generator().manual_seed(degree)
     points = torch.randn(8 * degree + 8, 3, generator=generator, dtype=torch.float64)
     swapped = torch.stack([-points[:, 1], -points[:, 0], points[:, 2]], dim=-1)
-    before = o3.spherical_harmonics(degree, points, normalize=True)
-    after = o3.spherical_harmonics(degree, swapped, normalize=True)
+    before, after = (harmonics(xyz, degree)[:, degree**2 :] for xyz in (points, swapped))
     # The map is improper, so that a field of parity (-1)^l picks up the sign of the determinant.
     matrix: Tensor = torch.linalg.lstsq(before, after).solution.T
     return matrix
@@ -43,7 +42,7 @@ def swap_matrix(degree: int) -> Tensor:
 class _Tables(NamedTuple):
     """Constants of one layout; n counts the stored entries of an edge's block-diagonal matrix."""
 
-    harmonics: Tensor  # [2 lmax + 1, n] float64, d(beta) from cos(0..lmax beta), sin(1..lmax beta)
+    fourier: Tensor  # [2 lmax + 1, n] float64, d(beta) from cos(0..lmax beta), sin(1..lmax beta)
     order: Tensor  # [n] column order -m that Z(-alpha) multiplies with
     mirror: Tensor  # [n] entry in the same row whose column has order -m
     dense_index: Tensor  # [n] position in the dense [num_rows, num_coefficients] matrix
@@ -71,7 +70,7 @@ _CPU_PIECE, _CUDA_PIECE = 4096, 32768
 
 @cache
 def _tables(layout: Layout, device: torch.device) -> _Tables:
-    harmonics: list[Tensor] = []
+    fourier: list[Tensor] = []
     orders: list[int] = []
     mirrors: list[int] = []
     dense: list[int] = []
@@ -82,14 +81,14 @@ def _tables(layout: Layout, device: torch.device) -> _Tables:
     start = 0
     for row, (degree, m) in enumerate(layout.m_major):
         size = 2 * degree + 1
-        harmonics.append(blocks[degree][:, degree + m, :])
+        fourier.append(blocks[degree][:, degree + m, :])
         orders += range(-degree, degree + 1)
         mirrors += range(start + size - 1, start - 1, -1)
         first = row * layout.num_coefficients + degree**2 - layout.lmin**2
         dense += range(first, first + size)
         start += size
     return _Tables(
-        torch.cat(harmonics, dim=1).to(device),
+        torch.cat(fourier, dim=1).to(device),
         torch.tensor(orders, device=device),
         torch.tensor(mirrors, device=device),
         torch.tensor(dense, device=device),
@@ -123,7 +122,7 @@ def edge_rotations(vector: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor
         alpha, beta = edge_angles(vector[start : start + piece])
         multiples = beta[:, None] * frequencies
         features = torch.cat([multiples.cos(), multiples[:, 1:].sin()], dim=1)
-        beta_part = features @ tables.harmonics  # [e, n]
+        beta_part = features @ tables.fourier  # [e, n]
         angles = alpha[:, None] * torch.arange(
             -layout.lmax, layout.lmax + 1, dtype=torch.float64, device=vector.device
         )
