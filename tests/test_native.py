@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fairchem_equiformer.graph.edges import prepare_edges
+from fairchem_equiformer.nn.irreps.activation import Gate
 from fairchem_equiformer.ops import native
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
 from fairchem_equiformer.ops.attention_softmax import (
@@ -340,6 +341,35 @@ def test_radial_function(num_basis, hidden, width, embeddings, distances, seed):
         assert_close(ours, expected, "radial")
 
 
+@settings(deadline=None, max_examples=20)
+@given(
+    scalars=st.sampled_from([0, 16, 80]),
+    gated=st.lists(st.sampled_from(["16x1e", "32x2o", "80x0o"]), unique=True),
+    rows=st.integers(0, 5),
+    scale=st.sampled_from([1.0, 100.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_gates_of_irreps(scalars, gated, rows, scale, seed):
+    gate = Gate(o3.Irreps("+".join([f"{scalars}x0e", *gated])))
+    x = scale * draws(seed)(rows, gate.irreps_in.dim)
+    compared = by_kernels_and_exactly(differentiated(gate), [x], with_backward("irreps_gate"))
+    for found, expected in compared:
+        assert_close(found, expected, "activation", SINGLE)
+
+
+def test_a_gate_of_irreps_twice_differentiated():
+    gate = Gate(o3.Irreps("80x0e+16x1e"))
+
+    def both(x):
+        x = x.requires_grad_()
+        (once,) = torch.autograd.grad(gate(x).square().sum(), x, create_graph=True)
+        return once, *torch.autograd.grad(once.square().sum(), x)
+
+    x = torch.randn(7, gate.irreps_in.dim)
+    for found, expected in by_kernels_and_exactly(both, [x], {"irreps_gate"}):
+        assert_close(found, expected, "activation", SINGLE)
+
+
 # What holds for all of them
 
 
@@ -458,6 +488,14 @@ def attention_problem():
     layers += [(96, 48), (128, 32), (64, 16)]
     weights = [torch.randn(*shape) / shape[-1] ** 0.5 for shape in (*shapes, *layers)]
     return both, [torch.randn(5, sizes.num_coefficients, 16), *weights]
+def gate_problem():
+    gate = Gate(o3.Irreps("80x0e+16x1e+32x2o"))
+
+    @differentiated
+    def both(x):
+        return gate(x)
+
+    return both, [torch.randn(150, gate.irreps_in.dim)]
 
 
 PROBLEMS = {
@@ -473,6 +511,7 @@ PROBLEMS = {
     "sums by heads": head_problem,
     "equivariant norm": equivariant_norm_problem,
     "attention": attention_problem,
+    "gate of irreps": gate_problem,
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 

@@ -98,6 +98,45 @@ def test_no_more_edges_at_a_time_than_a_chunk_has():
     assert message.widths == [4] * 5 * 2
 
 
+def test_what_is_kept_is_found_again():
+    pointers, ends, tensors = problem([2, 3, 1])
+    weight = torch.randn(3, 3, dtype=DOUBLE, requires_grad=True)
+    found, made = [], []
+
+    def function(part):
+        (targets,) = part.rows
+        found.append(part.kept is not None and list(part.kept))
+        if part.kept:
+            (factor,) = part.kept
+        else:
+            factor = targets.detach() + 1
+            made.append(factor)
+            if part.kept is not None:
+                part.kept.append(factor)
+        return targets @ weight * factor + 0 * part.sources.sum()
+
+    def call():
+        chunks = target_chunks(pointers, 4)
+        return over_chunks(
+            function, chunks, ends, tensors[0], edges=[], rows=[tensors[3]], parameters=[weight]
+        )
+
+    out = call()
+    assert found == [[], []]
+    flow = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (tensors[3], weight), flow)
+    assert [len(kept) for kept in found[2:]] == [1, 1]
+    assert len(made) == 2
+    expected = torch.autograd.grad(
+        tensors[3] @ weight * (tensors[3].detach() + 1), (tensors[3], weight), flow
+    )
+    for one, other in zip(gradients, expected, strict=True):
+        assert_close(one, other, "segments")
+    with torch.no_grad():
+        call()
+    assert found[-2:] == [False, False]
+
+
 def test_frozen_tensors_get_no_gradient():
     pointers, ends, tensors = problem([2, 3])
     message = Message()

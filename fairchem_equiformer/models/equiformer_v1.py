@@ -110,8 +110,8 @@ class Equiformer(Model):
         return build_graph(data, self.config.graph(otf=self.otf_graph))
 
     def edges_at_once(self, device: torch.device) -> int:
-        """Edges of a chunk whose tensor products, of which a message has two, fit a budget."""
-        width = 2 * self.edge_degree_embedding.product.irreps_out.dim
+        """Edges of a chunk whose tensor products fit a budget."""
+        width = self.edge_degree_embedding.product.irreps_out.dim
         fitting = fitting_edges(width, self.norm.weight.dtype, device)
         return self.config.edges_per_chunk or fitting
 

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops import native, triton
 from fairchem_equiformer.ops.edges import ChunkFrames
-from fairchem_equiformer.ops.segments import segment_softmax, segment_sum
+from fairchem_equiformer.ops.head_sums import Targets
+from fairchem_equiformer.ops.segments import segment_softmax, segment_sum, take
 
 if TYPE_CHECKING:
     from fairchem_equiformer.ops.triton.attention import LogitKernels as TritonLogitKernels
@@ -90,7 +91,7 @@ def attention_logits(
     return (s * dot).sum(-1)
 
 
-def attention_softmax(logits: Tensor, frames: ChunkFrames) -> Tensor:
+def attention_softmax(logits: Tensor, frames: ChunkFrames | Targets) -> Tensor:
     """Softmax over the edges of each target. Not differentiable.
 
     Args:
@@ -106,11 +107,51 @@ def attention_softmax(logits: Tensor, frames: ChunkFrames) -> Tensor:
     return segment_softmax(logits, frames.target, frames.num_nodes)
 
 
-def attention_softmax_backward(alpha: Tensor, grad: Tensor, frames: ChunkFrames) -> Tensor:
+class _Softmax(torch.autograd.Function):
+    """With the compiled kernels; what is differentiated again is made by PyTorch's operations."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Targets) -> Tensor:
+        ctx.targets = targets
+        alpha = attention_softmax(logits, targets)
+        ctx.save_for_backward(alpha)
+        return alpha
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (alpha,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return attention_softmax_backward(alpha, grad, ctx.targets), None
+        return _flow(alpha, grad, ctx.targets), None
+
+
+def edge_softmax(logits: Tensor, targets: Targets) -> Tensor:
+    """Softmax over the edges of each target; differentiable any number of times.
+
+    Args:
+        logits: [e, heads].
+        targets: of the edges.
+
+    Returns:
+        [e, heads].
+    """
+    if torch.compiler.is_compiling():  # which sees PyTorch's operations alone
+        return segment_softmax(logits, targets.target, targets.target_ptr.shape[0] - 1)
+    alpha: Tensor = _Softmax.apply(logits, targets)
+    return alpha
+
+
+def attention_softmax_backward(
+    alpha: Tensor, grad: Tensor, frames: ChunkFrames | Targets
+) -> Tensor:
     """Gradient of :func:`attention_softmax`'s logits, given its result and that one's gradient."""
     kernels = triton.softmax_kernels(alpha) or native.softmax_kernels(alpha)
     if kernels is not None:
         return kernels.backward(alpha, grad, frames.target_ptr)
+    return _flow(alpha, grad, frames)
+
+
+def _flow(alpha: Tensor, grad: Tensor, frames: ChunkFrames | Targets) -> Tensor:
     flow = alpha * grad
     total = segment_sum(flow, frames.target, frames.num_nodes)
-    return flow - alpha * total[frames.target]
+    return flow - alpha * take(total, 0, frames.target)

@@ -29,6 +29,11 @@ class Targets(NamedTuple):
     target: Tensor  # [e], ascending
     target_ptr: Tensor  # [n + 1], the edges of atom i are target_ptr[i]:target_ptr[i + 1]
 
+    @property
+    def num_nodes(self) -> int:
+        """Number of targets, n."""
+        return self.target_ptr.shape[0] - 1
+
 
 def head_sum(alpha: Tensor, x: Tensor, targets: Targets) -> Tensor:
     """Sum of alpha x over each atom's edges.

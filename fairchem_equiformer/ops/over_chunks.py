@@ -1,13 +1,15 @@
 """A function of edges that is summed over each target atom, computed chunk by chunk.
 
 Nothing that the function makes exists for more than one chunk of edges at a time, neither in the
-forward pass nor in the backward pass, which calls the function again. Only its arguments are kept.
+forward pass nor in the backward pass, which calls the function again. Its arguments are kept, and
+what it asks for: what would cost the most to make again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,9 @@ class Part(NamedTuple):
     edges: tuple[Tensor, ...]  # [e, ...]
     rows: tuple[Tensor, ...]  # [n, ...], of the targets
     num_rows: int  # n
+    # Where the function puts what it made, to find it here when the backward pass calls it again on
+    # the same edges. None where it will not be called again.
+    kept: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,12 @@ class _Call:
         return [tensors[0], *edges, *rows]
 
     def evaluate(
-        self, chunk: Chunk, selected: Sequence[Tensor], source: Tensor | None, target: Tensor
+        self,
+        chunk: Chunk,
+        selected: Sequence[Tensor],
+        source: Tensor | None,
+        target: Tensor,
+        kept: list[Tensor] | None,
     ) -> Tensor:
         """The function of one chunk [n, ...]; ``target`` [E]."""
         split = 1 + self.num_edge_tensors
@@ -62,6 +72,7 @@ class _Call:
             edges=tuple(selected[1:split]),
             rows=tuple(selected[split:]),
             num_rows=chunk.rows.stop - chunk.rows.start,
+            kept=kept,
         )
         device, dtype, enabled = self.autocast
         with torch.autocast(device, dtype=dtype, enabled=enabled):
@@ -105,23 +116,34 @@ def over_chunks(
 class _OverChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, ends: tuple[Tensor, Tensor], *tensors: Tensor) -> Tensor:
-        ctx.call = call
-        ctx.save_for_backward(*ends, *tensors)
         source, target = ends
+        again = any(ctx.needs_input_grad)
+        kept: list[list[Tensor]] = [[] for _ in call.chunks]
         found = [
-            call.evaluate(chunk, call.select(chunk, tensors), source[chunk.edges], target)
-            for chunk in call.chunks
+            call.evaluate(
+                chunk,
+                call.select(chunk, tensors),
+                source[chunk.edges],
+                target,
+                own if again else None,
+            )
+            for chunk, own in zip(call.chunks, kept, strict=True)
         ]
+        ctx.call, ctx.num_kept = call, [len(own) for own in kept]
+        ctx.save_for_backward(*ends, *(tensor for own in kept for tensor in own), *tensors)
         return torch.cat(found)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        source, target, *tensors = ctx.saved_tensors
+        source, target, *rest = ctx.saved_tensors
+        tensors = rest[sum(ctx.num_kept) :]
+        kept = iter(rest)
         wanted = ctx.needs_input_grad[2:]
         totals = _room(ctx.call, tensors, wanted)
-        for chunk in ctx.call.chunks:
-            found = _differentiate(ctx.call, chunk, source, target, tensors, wanted, grad)
+        for chunk, number in zip(ctx.call.chunks, ctx.num_kept, strict=True):
+            own = list(islice(kept, number))
+            found = _differentiate(ctx.call, chunk, source, target, tensors, own, wanted, grad)
             _add(ctx.call, chunk, source, totals, found)
         return None, None, *totals
 
@@ -142,6 +164,7 @@ def _differentiate(
     source: Tensor,
     target: Tensor,
     tensors: Sequence[Tensor],
+    kept: list[Tensor],
     wanted: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
@@ -150,7 +173,7 @@ def _differentiate(
     selected[0] = selected[0].index_select(0, source[chunk.edges])
     leaves = [t.detach().requires_grad_(w) for t, w in zip(selected, wanted, strict=False)]
     with torch.enable_grad():
-        out = call.evaluate(chunk, leaves, None, target)
+        out = call.evaluate(chunk, leaves, None, target, kept)
     leaves += tensors[call.num_data :]
     inputs = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
     found = iter(torch.autograd.grad(out, inputs, grad[chunk.rows]))

@@ -10,7 +10,8 @@ from e3nn import o3
 from e3nn.math import normalize2mom
 from torch import Tensor, nn
 
-from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, joined, places
+from fairchem_equiformer.ops.irreps_gate import irreps_gate
+from fairchem_equiformer.so3.irreps import SCALAR, channels_of
 
 
 @cache
@@ -51,16 +52,12 @@ class Gate(nn.Module):
         self.num_scalars = channels_of(irreps_out, SCALAR)
         gated = irreps_out[1:]
         self.irreps_in = o3.Irreps([(irreps_out.num_irreps, SCALAR), *gated])
-        self._places = places(self.irreps_in)
-        self._widths = [self.num_scalars, *(mul for mul, _ in gated)]
-        self._silu, self._sigmoid = Normalized(nn.functional.silu), Normalized(torch.sigmoid)
+        self._gated = tuple((mul, ir.dim) for mul, ir in gated)
+        self._scales = moment_scale(nn.functional.silu), moment_scale(torch.sigmoid)
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, irreps_in.dim] to [n, irreps_out.dim]."""
-        scalars, *gated = blocks(x, self._places)
-        kept, *gates = scalars.split(self._widths, dim=2)
-        parts = [part * self._sigmoid(gate) for part, gate in zip(gated, gates, strict=True)]
-        return joined([self._silu(kept), *parts])
+        return irreps_gate(x, self.num_scalars, self._gated, self._scales)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from e3nn import o3
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 
 from fairchem_equiformer.nn.irreps.activation import Gate, moment_scale
 from fairchem_equiformer.nn.irreps.edges import IrrepsEdges
-from fairchem_equiformer.nn.irreps.linear import IrrepsLinear
+from fairchem_equiformer.nn.irreps.linear import IrrepsLinear, LinearLayers, PreparedLayers
 from fairchem_equiformer.nn.irreps.tensor_product import RadialTensorProduct, TensorProduct
-from fairchem_equiformer.ops.attention_softmax import attention_logits
+from fairchem_equiformer.ops.attention_softmax import attention_logits, edge_softmax
 from fairchem_equiformer.ops.depthwise_tensor_product import Ends
 from fairchem_equiformer.ops.head_sums import Targets, head_dot, head_sum
 from fairchem_equiformer.ops.over_chunks import Part
-from fairchem_equiformer.ops.segments import segment_softmax, segment_sum, take
+from fairchem_equiformer.ops.segments import segment_sum, take
 from fairchem_equiformer.so3.irreps import SCALAR, blocks, channels_of, copies, joined, places
 
 
@@ -76,6 +77,17 @@ class MLPLogits(nn.Module):
         return attention_logits(scalars.unflatten(1, self.dot.shape), None, dot, twice=twice)
 
 
+class Read(NamedTuple):
+    """What messages are made of beside the tensor product."""
+
+    harmonics: Tensor  # [e, irreps_sh.dim]
+    rows: tuple[Tensor, ...]  # [n, ...], what Message.rows gave, of the targets
+    targets: Targets
+    layers: PreparedLayers | None  # what Message.prepared gave
+    kept: list[Tensor] | None  # as of Part
+    twice: bool  # as of IrrepsEdges
+
+
 class Message(nn.Module):
     """What attention makes of the tensor product m of each edge [E, irreps.dim].
 
@@ -93,15 +105,11 @@ class Message(nn.Module):
         """Parameters that the edges read."""
         return list(self.parameters())
 
-    def forward(
-        self,
-        m: Tensor,
-        harmonics: Tensor,
-        rows: tuple[Tensor, ...],
-        targets: Targets,
-        *,
-        twice: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def prepared(self) -> PreparedLayers | None:
+        """Layers of m that run on edges, if any, made ready for all of them."""
+        return None
+
+    def forward(self, m: Tensor, read: Read) -> tuple[Tensor, Tensor]:
         """Logits [e, heads], and what the values are linear in [e, values.irreps_in.dim]."""
         raise NotImplementedError
 
@@ -117,6 +125,7 @@ class NonLinearMessage(Message):
         gate = Gate(config.irreps)
         self.linear = IrrepsLinear(irreps_in, gate.irreps_in)
         self._places = places(irreps_in)
+        self._both = LinearLayers(self.alpha, self.linear)
         self.gate = gate
         self.product = TensorProduct(config.irreps, config.irreps_sh, config.irreps_values)
         self.value = IrrepsLinear(self.product.irreps_out, config.irreps_values)
@@ -126,19 +135,19 @@ class NonLinearMessage(Message):
         """See :class:`Message`."""
         return self.value
 
-    def forward(
-        self,
-        m: Tensor,
-        harmonics: Tensor,
-        rows: tuple[Tensor, ...],  # noqa: ARG002
-        targets: Targets,  # noqa: ARG002
-        *,
-        twice: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def prepared(self) -> PreparedLayers | None:
         """See :class:`Message`."""
-        parts = blocks(m, self._places)
-        logits = self.logits(self.alpha.of_blocks(parts), twice=twice)
-        return logits, self.product(self.gate(self.linear.of_blocks(parts)), harmonics)
+        return None if torch.compiler.is_compiling() else self._both.prepared()
+
+    def forward(self, m: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+        """See :class:`Message`."""
+        if read.layers is None:
+            parts = blocks(m, self._places)
+            scalars, hidden = self.alpha.of_blocks(parts), self.linear.of_blocks(parts)
+        else:
+            scalars, hidden = read.layers(m, read.kept)
+        logits = self.logits(scalars, twice=read.twice)
+        return logits, self.product(self.gate(hidden), read.harmonics)
 
 
 class LinearMessage(Message):
@@ -157,17 +166,9 @@ class LinearMessage(Message):
         """See :class:`Message`."""
         return self.linear
 
-    def forward(
-        self,
-        m: Tensor,
-        harmonics: Tensor,  # noqa: ARG002
-        rows: tuple[Tensor, ...],  # noqa: ARG002
-        targets: Targets,  # noqa: ARG002
-        *,
-        twice: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, m: Tensor, read: Read) -> tuple[Tensor, Tensor]:
         """See :class:`Message`."""
-        return self.logits(self.linear.first(m, self.num_alpha), twice=twice), m
+        return self.logits(self.linear.first(m, self.num_alpha), twice=read.twice), m
 
 
 class DotProductMessage(Message):
@@ -203,19 +204,11 @@ class DotProductMessage(Message):
         parts = blocks(self.query(x), self._places)
         return (joined([p / math.sqrt(self.irreps_per_head * p.shape[1]) for p in parts]),)
 
-    def forward(
-        self,
-        m: Tensor,
-        harmonics: Tensor,  # noqa: ARG002
-        rows: tuple[Tensor, ...],
-        targets: Targets,
-        *,
-        twice: bool,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, m: Tensor, read: Read) -> tuple[Tensor, Tensor]:
         """See :class:`Message`."""
-        (queries,) = rows
+        (queries,) = read.rows
         taken_through = self.key_value.through(queries, self._places, self.num_heads)
-        return head_dot(m, taken_through.to(m.dtype), targets), m
+        return head_dot(m, taken_through.to(m.dtype), read.targets), m
 
 
 def cut_off(alpha: Tensor, envelope: Tensor, part: Part) -> Tensor:
@@ -276,17 +269,27 @@ class GraphAttention(nn.Module):
             read.append(edges.envelope)
         if self.training and self.alpha_drop.p > 0:
             read.append(self.alpha_drop(x.new_ones(edges.num_edges, self.num_heads)))
+        layers = self.message.prepared()
         sums: Tensor = edges.sum(
-            partial(self._attend, twice=edges.twice, smooth=edges.envelope is not None),
+            partial(
+                self._attend,
+                layers=layers,
+                twice=edges.twice,
+                smooth=edges.envelope is not None,
+            ),
             edges.of_all_atoms(self.source(x)),
             edges=read,
             rows=(self.target(x), *self.message.rows(x)),
             parameters=(*self.product.parameters(), *self.message.edge_parameters()),
         )
+        if layers is not None:
+            layers.forget()
         projected: Tensor = self.projection(sums)
         return projected
 
-    def _attend(self, part: Part, *, twice: bool, smooth: bool) -> Tensor:
+    def _attend(
+        self, part: Part, *, layers: PreparedLayers | None, twice: bool, smooth: bool
+    ) -> Tensor:
         """Sum over some atoms' edges of alpha times the values: [n, irreps_values.dim]."""
         basis, harmonics, *others = part.edges
         features, *rows = part.rows
@@ -294,8 +297,9 @@ class GraphAttention(nn.Module):
         m = self.product(ends, harmonics, basis)
         first_edges = torch.arange(part.num_rows + 1, device=m.device)
         targets = Targets(part.target, torch.searchsorted(part.target, first_edges))
-        logits, x = self.message(m, harmonics, tuple(rows), targets, twice=twice)
-        alpha = segment_softmax(logits, part.target, part.num_rows)
+        read = Read(harmonics, tuple(rows), targets, layers, part.kept, twice)
+        logits, x = self.message(m, read)
+        alpha = edge_softmax(logits, targets)
         if smooth:
             envelope, *others = others
             alpha = cut_off(alpha, envelope, part)

@@ -9,6 +9,12 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
+from fairchem_equiformer.ops.column_products import (
+    ColumnProducts,
+    Layout,
+    Term,
+    column_kernels,
+)
 from fairchem_equiformer.ops.linear import linear
 from fairchem_equiformer.so3.irreps import SCALAR, Place, blocks, channels_of, joined, places
 
@@ -42,6 +48,7 @@ class IrrepsLinear(nn.Module):
                 self.weight[str(ir)] = nn.Parameter(initial)
         scalars = channels_of(irreps_out, SCALAR) if bias else 0
         self.bias = nn.Parameter(torch.zeros(scalars)) if scalars else None
+        self._alone = LinearLayers(self)
 
     def forward(self, x: Tensor, terms: Tensor | None = None) -> Tensor:
         """[n, irreps_in.dim] to [n, irreps_out.dim].
@@ -51,6 +58,11 @@ class IrrepsLinear(nn.Module):
             terms: [n], of how many rows each is the sum: so many times the bias is added. By
                 default once.
         """
+        if terms is None and not torch.compiler.is_compiling():
+            layers = self._alone.prepared()
+            (out,) = layers(x)
+            layers.forget()
+            return out
         return self.of_blocks(blocks(x, self._in), terms)
 
     def of_blocks(self, inputs: list[Tensor], terms: Tensor | None = None) -> Tensor:
@@ -147,3 +159,94 @@ class IrrepsLinear(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.irreps_in} -> {self.irreps_out}, bias={self.bias is not None}"
+
+
+class LinearLayers:
+    """Linear layers of the same features, all products of which are one call.
+
+    Args:
+        layers: with the same irreps_in.
+    """
+
+    def __init__(self, *layers: IrrepsLinear) -> None:
+        self._layers = layers
+        irreps = layers[0].irreps_in
+        terms: list[Term] = []
+        biases: list[tuple[int, slice]] = []
+        weights = 0
+        for place, layer in enumerate(layers):
+            terms += _terms(layer, place, weights)
+            weights += len(layer.weight)
+            if layer.bias is not None:
+                scalars = [ir for _, ir in layer.irreps_out].index(SCALAR)
+                biases.append((place, layer.irreps_out.slices()[scalars]))
+        results = tuple(layer.irreps_out.dim for layer in layers)
+        self._layout = Layout(tuple(terms), (irreps.dim,), results, tuple(biases))
+
+    def prepared(self) -> PreparedLayers:
+        """The layers, to be called on any number of rows; their weights must not change."""
+        return PreparedLayers(self._layers, self._layout)
+
+
+class PreparedLayers:
+    """Made by :class:`LinearLayers`."""
+
+    def __init__(self, layers: Sequence[IrrepsLinear], layout: Layout) -> None:
+        self._layers = layers
+        self._places = places(layers[0].irreps_in)
+        self._products: ColumnProducts | None = None
+        weights = [weight for layer in layers for weight in layer.weight.values()]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        kernels = column_kernels(layout, *weights, *biases)
+        if kernels is not None:
+            self._products = ColumnProducts(kernels, layout, weights, biases)
+
+    def __call__(self, x: Tensor, kept: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """[n, irreps_in.dim] to [n, irreps_out.dim] of each layer.
+
+        Args:
+            x: rows.
+            kept: where the results of these rows are, or are put; see ops/over_chunks.py.
+        """
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if self._products is not None and x.dtype == torch.float32 and not autocast:
+            out = self._products(x, kept or ())
+            if kept is not None and not kept:
+                kept += out
+            return out
+        parts = blocks(x, self._places)
+        return tuple(layer.of_blocks(parts) for layer in self._layers)
+
+    def forget(self) -> None:
+        """Drop what was made of the weights, which is made again when it is needed."""
+        if self._products is not None:
+            self._products.forget()
+
+
+def _terms(layer: IrrepsLinear, place: int, first_weight: int) -> list[Term]:
+    """Products of one of several layers: one for each component, and place of the input."""
+    found = []
+    keys = list(layer.weight)
+    for (mul, ir), written in zip(layer.irreps_out, layer.irreps_out.slices(), strict=True):
+        channel = 0
+        for (mul_in, k), read in zip(layer.irreps_in, layer.irreps_in.slices(), strict=True):
+            if k != ir:
+                continue
+            part = slice(channel, channel + mul_in)
+            channel += mul_in
+            found += [
+                Term(
+                    source=0,
+                    read=_columns(read.start, component, mul_in),
+                    weight=first_weight + keys.index(str(ir)),
+                    part=part,
+                    target=place,
+                    written=_columns(written.start, component, mul),
+                )
+                for component in range(ir.dim)
+            ]
+    return found
+
+
+def _columns(start: int, component: int, channels: int) -> slice:
+    return slice(start + component * channels, start + (component + 1) * channels)

@@ -20,6 +20,11 @@ from fairchem_equiformer.ops.native.equivariant_norm import (
     equivariant_norm_kernels,
 )
 from fairchem_equiformer.ops.native.head_sums import HeadSumKernels, head_sum_kernels
+from fairchem_equiformer.ops.native.irreps_gate import (
+    Gated,
+    IrrepsGateKernels,
+    irreps_gate_kernels,
+)
 from fairchem_equiformer.ops.native.loader import together
 from fairchem_equiformer.ops.native.matrix_products import (
     MatrixProducts,
@@ -43,9 +48,11 @@ from fairchem_equiformer.ops.native.together import flush
 __all__ = [
     "DepthwiseKernels",
     "EquivariantNormKernels",
+    "Gated",
     "GaussianKernels",
     "GridKernels",
     "HeadSumKernels",
+    "IrrepsGateKernels",
     "LogitKernels",
     "MatrixProducts",
     "MessageKernels",
@@ -60,6 +67,7 @@ __all__ = [
     "gaussian_kernels",
     "grid_kernels",
     "head_sum_kernels",
+    "irreps_gate_kernels",
     "logit_kernels",
     "message_kernels",
     "norm_silu_kernels",

@@ -137,6 +137,16 @@ class FeaturesStruct(ctypes.Structure):
     )
 
 
+class IrrepsGateStruct(ctypes.Structure):
+    """``struct IrrepsGate`` of irreps_gate.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("channels", "components")),
+        *((name, c_int64) for name in ("irreps", "scalars", "in_", "out")),
+        *((name, c_float) for name in ("silu_scale", "sigmoid_scale")),
+    )
+
+
 class MatrixProductStruct(ctypes.Structure):
     """``struct MatrixProduct`` of matrix_products.cpp."""
 
@@ -172,6 +182,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Tables": TablesStruct,
     "Product": ProductStruct,
     "Features": FeaturesStruct,
+    "IrrepsGate": IrrepsGateStruct,
     "MatrixProduct": MatrixProductStruct,
     "EquivariantNorm": EquivariantNormStruct,
 }
@@ -181,6 +192,7 @@ _NORM, _LOGITS, _ROWS = POINTER(NormStruct), POINTER(LogitsStruct), POINTER(Rows
 _GRID, _GAUSSIANS, _TABLES = POINTER(GridStruct), POINTER(GaussiansStruct), POINTER(TablesStruct)
 _EQUIVARIANT = POINTER(EquivariantNormStruct)
 _PRODUCT, _FEATURES = POINTER(ProductStruct), POINTER(FeaturesStruct)
+_IRREPS_GATE = POINTER(IrrepsGateStruct)
 _MATRIX_PRODUCTS = POINTER(MatrixProductStruct)
 
 # Result and arguments of every function, in the order of the C++ files.
@@ -239,6 +251,10 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         None,
         (_PRODUCT, _FEATURES, _F, _F, _N, _F, _F, _F, _F, _N, _THREADS),
     ),
+    # irreps_gate.cpp
+    "irreps_gate_misfit": (c_char_p, (_IRREPS_GATE,)),
+    "irreps_gate": (None, (_IRREPS_GATE, _F, _F, _N, _THREADS)),
+    "irreps_gate_backward": (None, (_IRREPS_GATE, _F, _F, _F, _N, _THREADS)),
     # matrix_products.cpp
     "prefers_own_products": (c_int, ()),
     "matrix_products": (None, (_MATRIX_PRODUCTS, _N, _N, _THREADS)),
