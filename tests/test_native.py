@@ -366,7 +366,7 @@ def test_a_gate_of_irreps_twice_differentiated():
         return once, *torch.autograd.grad(once.square().sum(), x)
 
     x = torch.randn(7, gate.irreps_in.dim)
-    for found, expected in by_kernels_and_exactly(both, [x], {"irreps_gate"}):
+    for found, expected in by_kernels_and_exactly(both, [x], with_backward("irreps_gate")):
         assert_close(found, expected, "activation", SINGLE)
 
 

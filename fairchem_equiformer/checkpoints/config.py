@@ -96,6 +96,7 @@ def model_section(config: Config, folder: Path = Path()) -> Config:
         raise CheckpointError("its config names no model (config.model.name)")
     model = copy.deepcopy(model)
     if model["name"] != "hydra":
+        model.pop("finetune_config", None)  # its keys stand here, and its weights in the checkpoint
         return _renamed(model)
     if model.get("finetune_config"):
         model = _with_start(model, folder)

@@ -11,6 +11,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.models.base import HeadInterface
 
 from fairchem_equiformer import models
+from fairchem_equiformer.fairchem1.fine_tuning import start_from
 from fairchem_equiformer.models.weight_decay import no_weight_decay
 from fairchem_equiformer.ops.edges import NodeShare
 
@@ -68,7 +69,18 @@ class EquiformerV2(_GraphParallel, models.EquiformerV2):
 
 @registry.register_model("equiformer")
 class Equiformer(_GraphParallel, models.Equiformer):
-    """:class:`fairchem_equiformer.models.Equiformer`."""
+    """:class:`fairchem_equiformer.models.Equiformer`.
+
+    Args:
+        finetune_config: where to start from, see
+            :func:`~fairchem_equiformer.fairchem1.fine_tuning.start_from`; heads start anew.
+        keys: those of the model.
+    """
+
+    def __init__(self, finetune_config: dict[str, Any] | None = None, **keys: Any) -> None:
+        super().__init__(**keys)
+        if finetune_config:
+            start_from(self, finetune_config)
 
 
 @registry.register_model("fairchem_equiformer_v2_energy_head")

@@ -79,7 +79,8 @@ def _model_keys(file: Path, config: Config) -> tuple[list[str], ModelConfig | Eq
     else:
         where, keys = ["model"], model
     try:
-        own = {key: value for key, value in keys.items() if key not in ("name", "model")}
+        others = "name", "model", "finetune_config"
+        own = {key: value for key, value in keys.items() if key not in others}
         first = EQUIFORMER.mean(str(keys.get("name")))
         return where, (EquiformerConfig if first else ModelConfig).from_keys(own)
     except ValueError as error:

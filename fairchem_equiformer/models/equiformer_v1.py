@@ -104,6 +104,11 @@ class Equiformer(Model):
         """What reads batches: this model itself."""
         return self
 
+    @staticmethod
+    def of_head(name: str) -> bool:
+        """Whether the parameter of this name is a head's."""
+        return name.startswith(("energy_head.", "vector_heads."))
+
     def read(self, data: Any) -> EdgeGraph:
         """The graph of a batch; arguments and errors as of :meth:`forward`."""
         keep_freed_memory()

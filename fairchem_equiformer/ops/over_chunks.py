@@ -42,6 +42,7 @@ class _Call:
     num_edge_tensors: int
     num_row_tensors: int
     autocast: tuple[str, torch.dtype, bool]  # of the forward pass, for the backward pass
+    again: bool  # whether there will be a backward pass
 
     @property
     def num_data(self) -> int:
@@ -108,8 +109,10 @@ def over_chunks(
     chunks = chunks or [Chunk(nothing, nothing, nothing)]  # no atoms: the function knows the width
     device = sources.device.type
     autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    call = _Call(function, chunks, len(edges), len(rows), autocast)
-    out: Tensor = _OverChunks.apply(call, ends, sources, *edges, *rows, *parameters)
+    tensors = sources, *edges, *rows, *parameters
+    again = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    call = _Call(function, chunks, len(edges), len(rows), autocast, again)
+    out: Tensor = _OverChunks.apply(call, ends, *tensors)
     return out
 
 
@@ -117,7 +120,6 @@ class _OverChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, ends: tuple[Tensor, Tensor], *tensors: Tensor) -> Tensor:
         source, target = ends
-        again = any(ctx.needs_input_grad)
         kept: list[list[Tensor]] = [[] for _ in call.chunks]
         found = [
             call.evaluate(
@@ -125,7 +127,7 @@ class _OverChunks(torch.autograd.Function):
                 call.select(chunk, tensors),
                 source[chunk.edges],
                 target,
-                own if again else None,
+                own if call.again else None,
             )
             for chunk, own in zip(call.chunks, kept, strict=True)
         ]
