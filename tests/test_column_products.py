@@ -8,7 +8,7 @@ from e3nn import o3
 
 from fairchem_equiformer.nn.irreps.linear import IrrepsLinear, LinearLayers
 from fairchem_equiformer.ops import column_products
-from fairchem_equiformer.so3.irreps import blocks
+from fairchem_equiformer.so3.irreps import blocks, places
 from tests.kernels import PRODUCTS, called_kernels
 from tests.tolerances import assert_close
 
@@ -32,7 +32,7 @@ def layers():
 
 
 def by_blocks(layers, x):
-    return [layer.of_blocks(blocks(x, READ)) for layer in layers]
+    return [layer.of_blocks(blocks(x, places(READ))) for layer in layers]
 
 
 def together(layers, x):

@@ -488,6 +488,8 @@ def attention_problem():
     layers += [(96, 48), (128, 32), (64, 16)]
     weights = [torch.randn(*shape) / shape[-1] ** 0.5 for shape in (*shapes, *layers)]
     return both, [torch.randn(5, sizes.num_coefficients, 16), *weights]
+
+
 def gate_problem():
     gate = Gate(o3.Irreps("80x0e+16x1e+32x2o"))
 
