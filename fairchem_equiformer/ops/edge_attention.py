@@ -436,7 +436,12 @@ class _Backward:
         self.layer = layer
         self.x = x
         self.x_grad = torch.zeros_like(x)
-        sums = [None if t is None else torch.zeros_like(t) for t in tensors]
+        # The radial function's weights, the first of them, have sums of their own.
+        later = range(len(RadialWeights._fields), len(tensors))
+        sums = [
+            torch.zeros_like(t) if t is not None and place in later else None
+            for place, t in enumerate(tensors)
+        ]
         leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
         self._sums = AttentionWeights.unflatten(sums, num_conv_1)
         self._weights = AttentionWeights.unflatten(leaves, num_conv_1)
