@@ -426,7 +426,7 @@ class TestCheckpoint:
         """Each process would have the derivative of its own atoms alone."""
         model = build(**DERIVED)
         monkeypatch.setattr(model, "node_share", lambda _: NodeShare(slice(0, 2), None, None))
-        with pytest.raises(ValueError, match="--gp-gpus"):
+        with pytest.raises(ValueError, match="leave out graph_parallel"):
             model(batch_of(slab()))
 
 

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fairchem_equiformer import Equiformer
 from tests.models import ours, results, scatter_weights
-from tests.structures import batch_of, noisy, single_atom, slab
+from tests.structures import batch_of, in_double, noisy, single_atom, slab
+from tests.test_equiformer_v1 import DERIVED
 from tests.test_equiformer_v1 import KEYS as EQUIFORMER_KEYS
 from tests.test_hydra import hydra
 from tests.tolerances import assert_all_close, assert_close
@@ -38,6 +39,10 @@ MODELS = {
     ),
     "hydra": hydra,
     "Equiformer": lambda: equiformer(regress_forces=True),
+    "Equiformer, derivatives": lambda: equiformer(**DERIVED).double(),
+    "Equiformer, derivatives, dot products, smooth cutoff": lambda: equiformer(
+        **DERIVED, attention="dot_product", smooth_cutoff=True, vector_outputs=["other"]
+    ).double(),
     "DeNS": lambda: hydra(
         {
             "energy": {"module": "fairchem_equiformer.DeNSEnergyHead", "use_denoising": False},
@@ -66,6 +71,8 @@ def model_of(name):
 def two_structures(name):
     """21 atoms: shares of unlike size, and the second structure is in both."""
     batch = batch_of(slab("Cu", "CO", 1), slab("Pt", "H2O", 2))
+    if "derivatives" in name:
+        return in_double(batch)
     return noisy(batch, mask=0.5) if name == "DeNS" else batch
 
 

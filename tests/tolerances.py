@@ -39,7 +39,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "formula": {_F64: 1e-10, _F32: 1e-4},  # outputs and gradients against tests/reference.py
     # against fairchem's model, or in another order: batches, processes, symmetries
     "outputs": {_F64: 1e-10, _F32: 1e-5, _BF16: 3e-2, _F16: 4e-3},
-    "gradients": {_F32: 3e-5},
+    "gradients": {_F64: 1e-10, _F32: 3e-5},
     "gradients that cancel": {_F32: 1e-3},
     "made again": {_F32: 1e-6},
     "all in float32": {_F32: 3e-5},  # distances included, against float64

@@ -12,6 +12,7 @@ from fairchem.core.models.base import HeadInterface
 
 from fairchem_equiformer import models
 from fairchem_equiformer.fairchem1.fine_tuning import start_from
+from fairchem_equiformer.fairchem1.shares import differentiable_share
 from fairchem_equiformer.models.weight_decay import no_weight_decay
 from fairchem_equiformer.ops.edges import NodeShare
 
@@ -81,6 +82,13 @@ class Equiformer(_GraphParallel, models.Equiformer):
         super().__init__(**keys)
         if finetune_config:
             start_from(self, finetune_config)
+
+    def node_share(self, graph: EdgeGraph) -> NodeShare | None:
+        """As above; where forces are derivatives, all that is shared is differentiated twice."""
+        share = super().node_share(graph)
+        if share is None or not self.config.gradient_forces:
+            return share
+        return differentiable_share(share.rows, graph.num_nodes)
 
 
 @registry.register_model("fairchem_equiformer_v2_energy_head")

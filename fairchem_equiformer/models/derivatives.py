@@ -24,6 +24,7 @@ def with_derivatives(
     build: Callable[[Any], EdgeGraph],
     predict: Callable[[EdgeGraph], dict[str, Tensor]],
     data: Any,
+    of_all: Callable[[EdgeGraph, Tensor], Tensor],
     *,
     stress: bool,
 ) -> dict[str, Tensor]:
@@ -35,6 +36,7 @@ def with_derivatives(
         build: from a batch to its graph.
         predict: from the graph to outputs with ``energy`` [B].
         data: the batch; it stays as it is.
+        of_all: from the part of a derivative that this process found to the whole.
         stress: whether to compute it.
 
     Returns:
@@ -57,7 +59,8 @@ def with_derivatives(
             graph = _strained(graph, strain)
         outputs = predict(graph)
         total = outputs["energy"].sum()
-        gradients = torch.autograd.grad(total, variables, create_graph=again)
+        parts = torch.autograd.grad(total, variables, create_graph=again)
+        gradients = [of_all(graph, part) for part in parts]
     outputs["forces"] = -gradients[0]
     if stress:
         outputs["stress"] = gradients[1].flatten(1) / volume[:, None]

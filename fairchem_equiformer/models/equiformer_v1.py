@@ -97,7 +97,7 @@ class Equiformer(Model):
             return self._predict(self.read(data))
         predict = partial(self._predict, twice=torch.is_grad_enabled())
         stress = self.config.regress_stress
-        return with_derivatives(self.read, predict, data, stress=stress)
+        return with_derivatives(self.read, predict, data, self._of_all_shares, stress=stress)
 
     @property
     def base(self) -> Equiformer:
@@ -147,16 +147,23 @@ class Equiformer(Model):
                 " graph: direct_forces must be True, or regress_forces False"
             )
 
+    def _of_all_shares(self, graph: EdgeGraph, derivative: Tensor) -> Tensor:
+        """The energy's derivative, of which each process that shares the graph found a part."""
+        share = self.node_share(graph)
+        if share is None or share.sum_derivatives is None:  # which the prediction refuses
+            return derivative
+        return share.sum_derivatives(derivative)
+
     def _predict(
         self, graph: EdgeGraph, *, twice: bool = False, at_once: bool = False
     ) -> dict[str, Tensor]:
         """What is no derivative; ``twice`` as of irreps_edges, ``at_once`` without chunks."""
         config = self.config
         share = self.node_share(graph)
-        if share is not None and config.gradient_forces:
+        if share is not None and config.gradient_forces and share.sum_derivatives is None:
             raise ValueError(
                 "forces that are the energy's derivative need all atoms in one process: leave out"
-                " --gp-gpus (graph_parallel in fairchem-core 2), or set direct_forces: True"
+                " graph_parallel, or set direct_forces: True"
             )
         edges = irreps_edges(
             graph,

@@ -31,6 +31,9 @@ class NodeShare:
     gather: Callable[[Tensor], Tensor]
     # ... and of results, each process computes the whole loss.
     gather_outputs: Callable[[Tensor], Tensor]
+    # The energy's derivative by positions or strains, from what each process found of it. None
+    # where the ways above cannot be differentiated twice.
+    sum_derivatives: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
