@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.nn.irreps.activation import Gate
-from fairchem_equiformer.ops import native
+from fairchem_equiformer.ops import linear, native, so2_packed
 from fairchem_equiformer.ops.aggregate import aggregate, aggregate_backward
 from fairchem_equiformer.ops.attention_softmax import (
     attention_logits,
@@ -606,6 +606,16 @@ def test_kernels_that_wait_run_when_somebody_else_reads():
         assert_close(waits, logits.double().softmax(0), "segments")
         again = kernels.forward(logits, target_ptr)
     assert torch.equal(again, waits)
+
+
+def test_products_of_torch_between_kernels(monkeypatch):
+    """As on processors whose products MKL makes, and in half precision."""
+    for module in (so2_packed, linear):
+        monkeypatch.setattr(module, "product_kernels", lambda *_, **__: None)
+    function, inputs = attention_problem()
+    found = function(*inputs), function(*(x.double() for x in inputs))
+    for ours, expected in zip(*found, strict=True):
+        assert_close(ours, expected, "edge_attention")
 
 
 def test_kernels_that_wait_are_dropped_by_an_error():
