@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,15 +21,17 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairchem_equiformer import EquiformerV2
+from fairchem_equiformer import Equiformer, EquiformerV2
 from fairchem_equiformer.graph.build import GraphConfig, build_graph, read_fields
 from fairchem_equiformer.graph.edges import prepare_edges
 from fairchem_equiformer.graph.fixed_search import made_for, search
 from fairchem_equiformer.graph.padding import filled_up
 from fairchem_equiformer.models import EnergyHead, EquiformerV2Hydra, ForceHead, StressHead
 from fairchem_equiformer.models.backbone import Embedding
+from fairchem_equiformer.models.dens import DeNSBackbone, DeNSEnergyHead, DeNSForceHead
 from fairchem_equiformer.models.readouts import forces, sum_energy
 from fairchem_equiformer.nn.edge_inputs import EdgeInputs
+from fairchem_equiformer.nn.irreps.edges import irreps_edges
 from fairchem_equiformer.ops.segments import add_rows, segment_sum, take
 from tests.models import KEYS
 from tests.structures import three_slabs
@@ -42,6 +45,31 @@ OPTIONS = {
 
 
 VECTORS = ("vector", "distance")
+V1 = {
+    "max_neighbors": 12,
+    "max_radius": 6.0,
+    "num_layers": 1,
+    "irreps_node_embedding": "16x0e+16x1e",
+    "irreps_head": "16x0e+16x1e",
+    "num_heads": 2,
+    "irreps_mlp_mid": "16x0e+16x1e",
+    "irreps_feature": "16x0e+16x1e",
+    "edge_channels": 16,
+    "num_distance_basis": 16,
+    "use_tag_embedding": False,
+    "regress_forces": True,
+    "alpha_drop": 0.2,
+    "drop_path_rate": 0.2,
+}
+V1_OPTIONS = {
+    "MLP attention": {},
+    "dot product": {"attention": "dot_product", "distance_function": "exponential_normal"},
+    "linear messages": {
+        "nonlinear_message": False,
+        "smooth_cutoff": True,
+        "distance_function": "bessel",
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +175,73 @@ def test_the_host_does_not_wait_in_a_recorded_pass(options, pretended):
     with NothingFromTheHost(), torch.no_grad():
         found = model.of_graph(filled_up(graph, *counts), at_once=True)
     assert found["stress"].shape == (9, 3)
+
+
+HEADS = {
+    "stress": {"stress": (StressHead, {"edge_level_mlp": True, "decompose": True})},
+    "stress of atoms": {"stress": (StressHead, {"edge_level_mlp": False})},
+    "clean": {"energy": (DeNSEnergyHead, {}), "forces": (DeNSForceHead, {})},
+    "noisy": {"energy": (DeNSEnergyHead, {}), "forces": (DeNSForceHead, {})},
+    "partly noisy": {
+        "energy": (DeNSEnergyHead, {"use_denoising": False}),
+        "f": (DeNSForceHead, {}),
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "heads"), HEADS.items(), ids=HEADS.keys())
+def test_the_host_does_not_wait_in_a_training_step_of_other_heads(kind, heads, pretended):
+    """Stresses, and DeNS's steps."""
+    backbone = {} if "stress" in kind else {"backbone_class": DeNSBackbone}
+    noise = None
+    with no_dispatch():
+        keys = {**KEYS, "num_layers": 1}
+        if backbone:
+            keys["use_noise_schedule_sigma_encoding"] = True
+        model = EquiformerV2Hydra(keys, heads, *backbone.values()).double()
+        graph = build_graph(three_slabs(), model.backbone.config.graph(otf=True))
+        graph = replace(graph, **{name: getattr(graph, name).double() for name in VECTORS})
+        atoms = graph.num_nodes
+        if "noisy" in kind:
+            noise = SimpleNamespace(denoising_pos_forward=True, noise_mask=None)
+            noise.forces, noise.sigmas = torch.randn(atoms, 3), torch.rand(atoms, 1)
+        if kind == "partly noisy":
+            noise.noise_mask = torch.arange(atoms) % 3 > 0
+        model.of_graph(graph, noise)  # makes the tables
+    pretend_on(model, pretended)
+    graph = moved(graph, pretended)
+    if noise is not None:
+        vars(noise).update({key: moved(value, pretended) for key, value in vars(noise).items()})
+    with NothingFromTheHost():
+        found = model.of_graph(graph, noise, at_once=True)
+        sum(value.sum() for value in found.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", V1_OPTIONS.values(), ids=V1_OPTIONS.keys())
+def test_the_host_does_not_wait_in_equiformer_v1(changes, pretended):
+    """From its edges on, in chunks; and all edges at once from the graph on."""
+    with no_dispatch():
+        model = Equiformer(**V1 | changes).double()
+        graph = build_graph(three_slabs(), model.config.graph(otf=True))
+        graph = replace(graph, **{name: getattr(graph, name).double() for name in VECTORS})
+        made = {"smooth_within": 6.0} if model.config.smooth_cutoff else {}
+        arguments = graph, 1, model.distance_expansion, torch.float64
+        edges = irreps_edges(*arguments, max_edges=2 * graph.num_edges // 3, **made)
+        assert len(edges.chunks) == 2
+        model.of_graph(graph)  # makes the tables
+    pretend_on(model, pretended)
+    edges = moved(edges, lambda tensor: pretended(tensor.detach()))
+    graph = moved(graph, pretended)
+    with NothingFromTheHost():
+        x = model._embed(graph, edges)
+        for block in model.blocks:
+            x = block(x, edges)
+        x = model.norm(x)
+        results = [model.energy_head(x), *(h(x, edges) for h in model.vector_heads.values())]
+        sum(result.sum() for result in results).backward()
+        sum(result.sum() for result in model.of_graph(graph).values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_the_host_does_not_wait_in_a_recorded_search(pretended):
