@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fairchem_equiformer.ops.native.loader import fits, usable
 from fairchem_equiformer.ops.native.rows import Rows, rows
+from fairchem_equiformer.ops.native.together import dense
 from fairchem_equiformer.so3.layout import Layout
 
 
@@ -42,7 +43,7 @@ class AggregateKernels:
         Returns:
             [n, K, heads v].
         """
-        rotations, values, alpha = (t.contiguous() for t in (rotations, values, alpha))
+        rotations, values, alpha = (dense(t) for t in (rotations, values, alpha))
         heads, channels = values.shape[2:]
         nodes = len(target_ptr) - 1
         if out is None:
@@ -72,8 +73,8 @@ class AggregateKernels:
             grad: [n, K, heads v], times the rescale.
             target: [e], atom in the chunk.
         """
-        rotations, values, alpha = (t.contiguous() for t in (rotations, values, alpha))
-        grad = grad.contiguous()
+        rotations, values, alpha = (dense(t) for t in (rotations, values, alpha))
+        grad = dense(grad)
         values_grad, alpha_grad = torch.empty_like(values), torch.zeros_like(alpha)
         self.kernels.edge_aggregate_backward(
             self.rows.struct,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fairchem_equiformer.ops.native.interface import Floats, LogitsStruct, NormStruct
 from fairchem_equiformer.ops.native.loader import dense_items, fits, usable
+from fairchem_equiformer.ops.native.together import dense
 
 Norm = tuple[Tensor, Tensor] | None  # weight and bias [A]
 
@@ -23,7 +24,7 @@ class LogitKernels:
 
     def forward(self, scalars: Tensor, norm: Norm, dot: Tensor) -> Tensor:
         """Logits [E, heads]."""
-        scalars, dot = dense_items(scalars), dot.contiguous()
+        scalars, dot = dense_items(scalars), dense(dot)
         out = scalars.new_empty(scalars.shape[:2])
         self.kernels.attention_logits(
             self._struct(norm, dot),
@@ -67,7 +68,7 @@ class LogitKernels:
         """
         if dense_items(scalars_grad) is not scalars_grad:
             raise ValueError(f"gradients of scalars lie at strides {scalars_grad.stride()}")
-        scalars, dot, grad = dense_items(scalars), dot.contiguous(), grad.contiguous()
+        scalars, dot, grad = dense_items(scalars), dense(dot), dense(grad)
         self.kernels.attention_logits_backward(
             self._struct(norm, dot),
             scalars,
@@ -102,7 +103,7 @@ class SoftmaxKernels:
 
     def forward(self, logits: Tensor, target_ptr: Tensor) -> Tensor:
         """[E, heads]."""
-        logits = logits.contiguous()
+        logits = dense(logits)
         out = torch.empty_like(logits)
         self.kernels.edge_softmax(
             logits,
@@ -116,7 +117,7 @@ class SoftmaxKernels:
 
     def backward(self, alpha: Tensor, grad: Tensor, target_ptr: Tensor) -> Tensor:
         """Gradient of the logits [E, heads], given the softmax alpha and its gradient."""
-        alpha, grad = alpha.contiguous(), grad.contiguous()
+        alpha, grad = dense(alpha), dense(grad)
         out = torch.empty_like(alpha)
         self.kernels.edge_softmax_backward(
             alpha,

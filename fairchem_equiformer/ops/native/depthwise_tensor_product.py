@@ -17,6 +17,7 @@ from fairchem_equiformer.ops.native.interface import (
     ProductStruct,
 )
 from fairchem_equiformer.ops.native.loader import fits, usable
+from fairchem_equiformer.ops.native.together import dense
 from fairchem_equiformer.so3.depthwise import DepthwisePaths
 
 
@@ -45,8 +46,8 @@ class DepthwiseKernels:
         Returns:
             [E, outs].
         """
-        matrices, weights = matrices.contiguous(), weights.contiguous()
-        rows, index = [part.contiguous() for part in rows], _contiguous(index)
+        matrices, weights = dense(matrices), dense(weights)
+        rows, index = [dense(part) for part in rows], _contiguous(index)
         out = matrices.new_empty(len(matrices), self.paths.irreps_out.dim)
         self.kernels.depthwise_product(
             _layout(self.paths).struct,
@@ -78,8 +79,8 @@ class DepthwiseKernels:
         Returns:
             Of each edge's features [E, features], of the matrices, and of the weights.
         """
-        matrices, weights, grad = matrices.contiguous(), weights.contiguous(), grad.contiguous()
-        rows, index = [part.contiguous() for part in rows], _contiguous(index)
+        matrices, weights, grad = dense(matrices), dense(weights), dense(grad)
+        rows, index = [dense(part) for part in rows], _contiguous(index)
         shared = weights.dim() == 1
         blocks = -(-len(matrices) // self.kernels.depthwise_block()) if shared else 1
         x_grad = matrices.new_zeros(len(matrices), self.paths.irreps_in.dim)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fairchem_equiformer.ops.native.interface import EquivariantNormStruct, Floats
 from fairchem_equiformer.ops.native.loader import fits, together, usable
 from fairchem_equiformer.ops.native.sums import add_rows
+from fairchem_equiformer.ops.native.together import dense
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class EquivariantNormKernels:
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor) -> Tensor:
         """Times a weight [C] of each degree, plus a bias [C] on l = 0: as x."""
-        x = x.contiguous()
+        x = dense(x)
         out = torch.empty_like(x)
         norm = self._struct(weights, bias)
         self.kernels.equivariant_norm(norm, x, out, len(x), torch.get_num_threads())
@@ -34,7 +35,7 @@ class EquivariantNormKernels:
         self, x: Tensor, weights: Sequence[Tensor], bias: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, of the weights [lmax + 1, C], and of the bias."""
-        x, grad = x.contiguous(), grad.contiguous()
+        x, grad = dense(x), dense(grad)
         blocks = -(-len(x) // self.kernels.equivariant_norm_block())
         x_grad = torch.empty_like(x)
         sums = x.new_empty(blocks, len(weights) + 1, x.shape[2])

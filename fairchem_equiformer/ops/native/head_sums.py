@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairchem_equiformer.ops.native.loader import fits, usable
+from fairchem_equiformer.ops.native.together import dense
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class HeadSumKernels:
 
     def sum(self, alpha: Tensor, x: Tensor) -> Tensor:
         """[e, heads] and [e, F] to [n, heads, F]."""
-        alpha, x, target_ptr = alpha.contiguous(), x.contiguous(), self.target_ptr.contiguous()
+        alpha, x, target_ptr = dense(alpha), dense(x), dense(self.target_ptr)
         atoms, sizes = len(target_ptr) - 1, (alpha.shape[1], x.shape[1])
         out = x.new_empty(atoms, *sizes)
         threads = torch.get_num_threads()
@@ -30,7 +31,7 @@ class HeadSumKernels:
 
     def dot(self, x: Tensor, atoms: Tensor) -> Tensor:
         """[e, F] and [n, heads, F] to [e, heads]."""
-        x, atoms, target = x.contiguous(), atoms.contiguous(), self.target.contiguous()
+        x, atoms, target = dense(x), dense(atoms), dense(self.target)
         out = x.new_empty(len(x), atoms.shape[1])
         threads = torch.get_num_threads()
         self.kernels.head_dot(x, atoms, target, *atoms.shape[1:], out, len(x), threads)
@@ -38,7 +39,7 @@ class HeadSumKernels:
 
     def spread(self, alpha: Tensor, atoms: Tensor) -> Tensor:
         """[e, heads] and [n, heads, F] to [e, F]."""
-        alpha, atoms, target = alpha.contiguous(), atoms.contiguous(), self.target.contiguous()
+        alpha, atoms, target = dense(alpha), dense(atoms), dense(self.target)
         out = alpha.new_empty(len(alpha), atoms.shape[2])
         threads = torch.get_num_threads()
         self.kernels.head_spread(alpha, atoms, target, *atoms.shape[1:], out, len(alpha), threads)

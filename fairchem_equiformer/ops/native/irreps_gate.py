@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fairchem_equiformer.ops.native.interface import Indices, IrrepsGateStruct
 from fairchem_equiformer.ops.native.loader import fits, usable
+from fairchem_equiformer.ops.native.together import dense
 
 Gated = tuple[tuple[int, int], ...]  # channels and components of each irrep
 
@@ -24,14 +25,14 @@ class IrrepsGateKernels:
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, in] to [n, out]."""
-        x = x.contiguous()
+        x = dense(x)
         out = x.new_empty(len(x), self.layout.struct.out)
         self.kernels.irreps_gate(self.layout.struct, x, out, len(x), torch.get_num_threads())
         return out
 
     def backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of x, given that of the result."""
-        x, grad = x.contiguous(), grad.contiguous()
+        x, grad = dense(x), dense(grad)
         out = torch.empty_like(x)
         threads = torch.get_num_threads()
         self.kernels.irreps_gate_backward(self.layout.struct, x, grad, out, len(x), threads)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fairchem_equiformer.ops.choice import VARIABLE, chosen
 from fairchem_equiformer.ops.native.interface import declare
 from fairchem_equiformer.ops.native.sources import fingerprint
-from fairchem_equiformer.ops.native.together import deferred, flush
+from fairchem_equiformer.ops.native.together import deferred, dense, flush
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def together() -> AbstractContextManager[None]:
 
 def dense_items(x: Tensor) -> Tensor:
     """[B, R, C] whose items are dense; they may lie apart. It itself, where it is so."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+    return x if x.stride()[1:] == (x.shape[2], 1) else dense(x)
 
 
 def fits(kernel: str, channels: int, misfit: bytes | None) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fairchem_equiformer.ops.native.loader import fits, usable
 from fairchem_equiformer.ops.native.rows import Rows, rows
+from fairchem_equiformer.ops.native.together import dense
 from fairchem_equiformer.so3.layout import Layout
 
 
@@ -34,7 +35,7 @@ class MessageKernels:
         Returns:
             [e, R, 2 C].
         """
-        x, rotations, radial = x.contiguous(), rotations.contiguous(), radial.contiguous()
+        x, rotations, radial = dense(x), dense(rotations), dense(radial)
         out = x.new_empty(len(source), self.rows.struct.rows, 2 * x.shape[2])
         self.kernels.edge_message(
             self.rows.struct,
@@ -65,8 +66,8 @@ class MessageKernels:
             Of the radial weights [e, W, 2 C], and each edge's part of that of the features of its
             source and of its target, [e, K, C] both.
         """
-        x, rotations, radial = x.contiguous(), rotations.contiguous(), radial.contiguous()
-        grad = grad.contiguous()
+        x, rotations, radial = dense(x), dense(rotations), dense(radial)
+        grad = dense(grad)
         radial_grad = torch.empty_like(radial)
         source_grad = x.new_empty(len(source), *x.shape[1:])
         target_grad = torch.empty_like(source_grad)

@@ -19,6 +19,7 @@ from fairchem_equiformer.ops.native.interface import (
 )
 from fairchem_equiformer.ops.native.loader import fits, together, usable
 from fairchem_equiformer.ops.native.sums import add_rows
+from fairchem_equiformer.ops.native.together import dense
 
 
 class GaussianKernels:
@@ -54,8 +55,8 @@ class GaussianKernels:
         Returns:
             [E, H].
         """
-        distance, matrix, bias = distance.contiguous(), matrix.contiguous(), bias.contiguous()
-        lookups = [(table.contiguous(), index.contiguous()) for table, index in lookups]
+        distance, matrix, bias = dense(distance), dense(matrix), dense(bias)
+        lookups = [(dense(table), dense(index)) for table, index in lookups]
         tables = TablesStruct(Floats.address(bias), count=len(lookups))
         for i, (table, index) in enumerate(lookups):
             tables.rows[i], tables.index[i] = Floats.address(table), Indices.address(index)
@@ -80,7 +81,7 @@ class GaussianKernels:
 
     def add_backward(self, distance: Tensor, grad: Tensor, matrix_grad: Tensor) -> None:
         """Add to it."""
-        distance, grad = distance.contiguous(), grad.contiguous()
+        distance, grad = dense(distance), dense(grad)
         self._kernels.gaussians_times_backward(
             self.struct,
             distance,
@@ -123,7 +124,7 @@ class NormSiLUKernels:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """[B, C]."""
-        x, norm = x.contiguous(), self.norm(weight, bias)
+        x, norm = dense(x), self.norm(weight, bias)
         out = torch.empty_like(x)
         self.kernels.layer_norm_silu(norm, x.shape[1], x, out, len(x), torch.get_num_threads())
         return out
@@ -132,7 +133,7 @@ class NormSiLUKernels:
         self, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, weight and bias."""
-        x, grad = x.contiguous(), grad.contiguous()
+        x, grad = dense(x), dense(grad)
         totals = x.new_zeros(2, x.shape[1])
         x_grad = self.add_backward(x, weight, bias, grad, *totals)
         return x_grad, *totals

@@ -11,6 +11,7 @@ from torch import Tensor
 from fairchem_equiformer.ops.native.interface import Floats, GridStruct, Indices, LatitudesStruct
 from fairchem_equiformer.ops.native.loader import dense_items, fits, usable
 from fairchem_equiformer.ops.native.matrix_products import Packed
+from fairchem_equiformer.ops.native.together import dense
 from fairchem_equiformer.so3.grid import Grid, GridFactors, LatitudeFactor
 
 
@@ -48,13 +49,18 @@ class GridKernels:
         getattr(self._kernels, name)(self.struct, *arguments, *end)
 
     def silu(self, x: Tensor, y: Tensor) -> None:
-        """Write SiLU(x) to y, both [B, C] with dense rows."""
-        sizes = *x.shape, torch.get_num_threads()
-        self._kernels.silu(_dense_rows(x), x.stride(0), _dense_rows(y), y.stride(0), *sizes)
+        """Write SiLU(x) to y, both [B, C], whose rows must be dense."""
+        x, sizes = _dense_rows(x), (*x.shape, torch.get_num_threads())
+        if _dense_rows(y) is not y:
+            raise ValueError(f"rows lie at strides {y.stride()}")
+        self._kernels.silu(x, x.stride(0), y, y.stride(0), *sizes)
 
     def silu_backward(self, x: Tensor, grad: Tensor, x_grad: Tensor) -> None:
-        """Write the gradient of :meth:`silu` to ``x_grad``; all [B, C] with dense rows."""
-        places = [part for t in (x, grad, x_grad) for part in (_dense_rows(t), t.stride(0))]
+        """Write the gradient of :meth:`silu` to ``x_grad`` [B, C], whose rows must be dense."""
+        x, grad = _dense_rows(x), _dense_rows(grad)
+        if _dense_rows(x_grad) is not x_grad:
+            raise ValueError(f"rows lie at strides {x_grad.stride()}")
+        places = [part for t in (x, grad, x_grad) for part in (t, t.stride(0))]
         self._kernels.silu_backward(*places, *x.shape, torch.get_num_threads())
 
     def activation(self, x: Tensor, y: Tensor) -> None:
@@ -84,21 +90,21 @@ class GridKernels:
 
     def samples_backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of :meth:`samples`, given that of its result: [B, R, C]."""
-        x, grad = dense_items(x), grad.contiguous()
+        x, grad = dense_items(x), dense(grad)
         x_grad = x.new_empty(x.shape)
         self._call("silu_samples_backward", x, x, x.stride(0), grad, x_grad)
         return x_grad
 
     def integral(self, samples: Tensor) -> Tensor:
         """G^-1 SiLU(s): [B, P, C] to [B, S, C]."""
-        samples = samples.contiguous()
+        samples = dense(samples)
         out = samples.new_empty(len(samples), self.shape[1], samples.shape[2])
         self._call("integrate_silu", samples, samples, out)
         return out
 
     def integral_backward(self, samples: Tensor, grad: Tensor) -> Tensor:
         """Gradient of :meth:`integral`, given that of its result: [B, P, C]."""
-        samples, grad = samples.contiguous(), dense_items(grad)
+        samples, grad = dense(samples), dense_items(grad)
         out = torch.empty_like(samples)
         self._call("integrate_silu_backward", samples, samples, grad, grad.stride(0), out)
         return out
@@ -113,14 +119,8 @@ class GridKernels:
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """It itself.
-
-    Raises:
-        ValueError: if its rows are not dense.
-    """
-    if x.stride(1) != 1:
-        raise ValueError(f"rows lie at strides {x.stride()}")
-    return x
+    """[B, C] whose rows are dense; they may lie apart. It itself, where it is so."""
+    return x if x.stride(1) == 1 else dense(x)
 
 
 def grid_kernels(grid: Grid, x: Tensor) -> GridKernels | None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class _State(threading.local):
@@ -51,3 +52,11 @@ def keep(*values: Any) -> None:
     """Have values live until the kernels that wait have run."""
     if _state.kernels is not None:
         _state.kept += values
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x.contiguous()``, also of what kernels that wait will write."""
+    if x.is_contiguous():
+        return x
+    flush()
+    return x.contiguous()
