@@ -11,6 +11,8 @@ from e3nn import o3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairchem_equiformer.so3 import grid as grids
+from fairchem_equiformer.so3 import wigner
 from fairchem_equiformer.so3.frames import edge_angles, edge_rotation_matrices
 from fairchem_equiformer.so3.grid import grid
 from fairchem_equiformer.so3.layout import Layout, degree_slices, layout
@@ -232,6 +234,18 @@ def test_no_edges():
     sizes = layout(2, 1)
     compact = edge_rotations(torch.zeros(0, 3), sizes, torch.float32)
     assert expand_rotations(compact, sizes).shape == (0, 7, 9)
+
+
+def test_tables_are_made_without_compiled_harmonics(monkeypatch):
+    """The first call of e3nn's leaves 19 MB of TorchScript's graphs in the process."""
+
+    def refuse(*_, **__):
+        raise AssertionError("e3nn's compiled harmonics were called")
+
+    monkeypatch.setattr(o3, "spherical_harmonics", refuse)
+    sizes = layout(5, 2)
+    wigner._tables.__wrapped__(sizes, torch.device("cpu"))
+    grids._harmonics.__wrapped__(sizes, None, l_major=False)
 
 
 @pytest.mark.parametrize("degree", range(9))
