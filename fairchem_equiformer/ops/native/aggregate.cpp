@@ -85,10 +85,10 @@ INLINE void aggregate_backward(const Rows& rows, const float* rotation, const fl
   }
 }
 
-FOR_EVERY_CPU void aggregate_nodes(const Rows& rows, const float* rotations, const float* values,
-                                   const float* alpha, int64_t heads, int64_t value_channels,
-                                   const float* rescale, const int64_t* edges, float* out,
-                                   int64_t first, int64_t last) {
+static void aggregate_nodes(const Rows& rows, const float* rotations, const float* values,
+                            const float* alpha, int64_t heads, int64_t value_channels,
+                            const float* rescale, const int64_t* edges, float* out,
+                            int64_t first, int64_t last) {
   const int64_t channels = heads * value_channels;
   for (int64_t n = first; n < last; n++) {
     float* to = out + n * rows.coefficients * channels;
@@ -99,11 +99,11 @@ FOR_EVERY_CPU void aggregate_nodes(const Rows& rows, const float* rotations, con
   }
 }
 
-FOR_EVERY_CPU void aggregate_edges_backward(const Rows& rows, const float* rotations,
-                                            const float* grad, const int64_t* target,
-                                            const float* values, const float* alpha, int64_t heads,
-                                            int64_t value_channels, float* values_grad,
-                                            float* alpha_grad, int64_t first, int64_t last) {
+static void aggregate_edges_backward(const Rows& rows, const float* rotations,
+                                     const float* grad, const int64_t* target,
+                                     const float* values, const float* alpha, int64_t heads,
+                                     int64_t value_channels, float* values_grad,
+                                     float* alpha_grad, int64_t first, int64_t last) {
   const int64_t channels = heads * value_channels;
   for (int64_t e = first; e < last; e++) {
     const float* rotation = rotations + e * rows.entries;

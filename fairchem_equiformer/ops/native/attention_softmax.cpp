@@ -77,17 +77,17 @@ INLINE void logits_backward_of(const Logits& logits, const float* scalars, int64
     }
 }
 
-FOR_EVERY_CPU void some_logits(const Logits& logits, const float* scalars, int64_t stride,
-                               float* out, int64_t first, int64_t last) {
+static void some_logits(const Logits& logits, const float* scalars, int64_t stride,
+                        float* out, int64_t first, int64_t last) {
   for_width<16, 32, 64>(logits.channels, [&](auto vectors) INLINED {
     logits_of<vectors>(logits, scalars, stride, out, first, last);
   });
 }
 
-FOR_EVERY_CPU void some_logits_backward(const Logits& logits, const float* scalars, int64_t stride,
-                                        const float* grad, float* scalars_grad,
-                                        int64_t grad_stride, float* sums, int64_t edges,
-                                        int64_t first, int64_t last) {
+static void some_logits_backward(const Logits& logits, const float* scalars, int64_t stride,
+                                 const float* grad, float* scalars_grad,
+                                 int64_t grad_stride, float* sums, int64_t edges,
+                                 int64_t first, int64_t last) {
   for_width<16, 32, 64>(logits.channels, [&](auto vectors) INLINED {
     logits_backward_of<vectors>(logits, scalars, stride, grad, scalars_grad, grad_stride, sums,
                                 edges, first, last);

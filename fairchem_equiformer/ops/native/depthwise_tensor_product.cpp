@@ -114,9 +114,9 @@ INLINE void for_size(int64_t size, const Work& work) {
   }
 }
 
-FOR_EVERY_CPU void products(const Product& product, const Features& x, const float* matrices,
-                            const float* weights, int64_t weights_apart, float* out, int64_t first,
-                            int64_t last) {
+static void products(const Product& product, const Features& x, const float* matrices,
+                     const float* weights, int64_t weights_apart, float* out, int64_t first,
+                     int64_t last) {
   float sum[MAX_FEATURES];
   for (int64_t e = first; e < last; e++) {
     const float* features = features_of(x, e, product.features, sum);
@@ -150,18 +150,18 @@ INLINE void gradients(const Product& product, const Features& x, const float* ma
   }
 }
 
-FOR_EVERY_CPU void all_gradients(const Product& product, const Features& x, const float* matrices,
-                                 const float* weights, int64_t weights_apart, const float* grad,
-                                 float* x_grad, float* matrices_grad, float* weights_grad,
-                                 int64_t first, int64_t last) {
+static void all_gradients(const Product& product, const Features& x, const float* matrices,
+                          const float* weights, int64_t weights_apart, const float* grad,
+                          float* x_grad, float* matrices_grad, float* weights_grad,
+                          int64_t first, int64_t last) {
   gradients<true>(product, x, matrices, weights, weights_apart, grad, x_grad, matrices_grad,
                   weights_grad, first, last);
 }
 
-FOR_EVERY_CPU void gradients_of_channels(const Product& product, const Features& x,
-                                         const float* matrices, const float* weights,
-                                         int64_t weights_apart, const float* grad, float* x_grad,
-                                         float* weights_grad, int64_t first, int64_t last) {
+static void gradients_of_channels(const Product& product, const Features& x,
+                                  const float* matrices, const float* weights,
+                                  int64_t weights_apart, const float* grad, float* x_grad,
+                                  float* weights_grad, int64_t first, int64_t last) {
   gradients<false>(product, x, matrices, weights, weights_apart, grad, x_grad, nullptr, weights_grad,
                    first, last);
 }

@@ -139,15 +139,15 @@ INLINE void differentiate_atom(const EquivariantNorm& norm, const float* x, cons
   });
 }
 
-FOR_EVERY_CPU void normalize_atoms(const EquivariantNorm& norm, const float* x, float* y,
-                                   int64_t first, int64_t last) {
+static void normalize_atoms(const EquivariantNorm& norm, const float* x, float* y,
+                            int64_t first, int64_t last) {
   const int64_t size = (norm.lmax + 1) * (norm.lmax + 1) * norm.channels;
   for (int64_t n = first; n < last; n++) normalize_atom(norm, x + n * size, y + n * size);
 }
 
-FOR_EVERY_CPU void differentiate_atoms(const EquivariantNorm& norm, const float* x,
-                                       const float* grad, float* x_grad, float* sums, int64_t first,
-                                       int64_t last) {
+static void differentiate_atoms(const EquivariantNorm& norm, const float* x,
+                                const float* grad, float* x_grad, float* sums, int64_t first,
+                                int64_t last) {
   const int64_t size = (norm.lmax + 1) * (norm.lmax + 1) * norm.channels;
   for (int64_t i = 0; i < (norm.lmax + 2) * norm.channels; i++) sums[i] = 0;
   for (int64_t n = first; n < last; n++)

@@ -15,8 +15,8 @@ INLINE void for_heads(int64_t heads, const Work& work) {
   for (; h < heads; h++) work(std::integral_constant<int, 1>{}, h);
 }
 
-FOR_EVERY_CPU void sums(const float* alpha, const float* x, const int64_t* target_ptr, int64_t heads,
-                        int64_t channels, float* out, int64_t first, int64_t last) {
+static void sums(const float* alpha, const float* x, const int64_t* target_ptr, int64_t heads,
+                 int64_t channels, float* out, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++)
     for_heads(heads, [&](auto group, int64_t h) INLINED {
       for_vectors<2>(0, channels, [&](auto vectors, int64_t c) INLINED {
@@ -37,8 +37,8 @@ FOR_EVERY_CPU void sums(const float* alpha, const float* x, const int64_t* targe
     });
 }
 
-FOR_EVERY_CPU void dots(const float* x, const float* atoms, const int64_t* target, int64_t heads,
-                        int64_t channels, float* out, int64_t first, int64_t last) {
+static void dots(const float* x, const float* atoms, const int64_t* target, int64_t heads,
+                 int64_t channels, float* out, int64_t first, int64_t last) {
   for (int64_t e = first; e < last; e++)
     for_heads(heads, [&](auto group, int64_t h) INLINED {
       constexpr int N = decltype(group)::value;
@@ -61,8 +61,8 @@ FOR_EVERY_CPU void dots(const float* x, const float* atoms, const int64_t* targe
     });
 }
 
-FOR_EVERY_CPU void spread(const float* alpha, const float* atoms, const int64_t* target,
-                          int64_t heads, int64_t channels, float* out, int64_t first, int64_t last) {
+static void spread(const float* alpha, const float* atoms, const int64_t* target,
+                   int64_t heads, int64_t channels, float* out, int64_t first, int64_t last) {
   for (int64_t e = first; e < last; e++) {
     const float* own = atoms + target[e] * heads * channels;
     for_vectors<2>(0, channels, [&](auto vectors, int64_t c) INLINED {

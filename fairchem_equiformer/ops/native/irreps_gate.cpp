@@ -14,8 +14,8 @@ struct IrrepsGate {
   float silu_scale, sigmoid_scale;
 };
 
-FOR_EVERY_CPU void gated(const IrrepsGate& gate, const float* rows, float* out, int64_t first,
-                         int64_t last) {
+static void gated(const IrrepsGate& gate, const float* rows, float* out, int64_t first,
+                  int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const float* x = rows + i * gate.in;
     float* y = out + i * gate.out;
@@ -51,8 +51,8 @@ FOR_EVERY_CPU void gated(const IrrepsGate& gate, const float* rows, float* out, 
   }
 }
 
-FOR_EVERY_CPU void gated_backward(const IrrepsGate& gate, const float* rows, const float* grads,
-                                  float* out, int64_t first, int64_t last) {
+static void gated_backward(const IrrepsGate& gate, const float* rows, const float* grads,
+                           float* out, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const float *x = rows + i * gate.in, *grad = grads + i * gate.out;
     float* x_grad = out + i * gate.in;

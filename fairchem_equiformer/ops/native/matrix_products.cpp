@@ -123,8 +123,8 @@ INLINE int64_t pack_panel_of_columns(const Source& source, int64_t k, int64_t co
   return i;
 }
 
-FOR_EVERY_CPU void pack_some(const Source& source, int64_t k, int64_t n, float* out, int64_t first,
-                             int64_t last) {
+static void pack_some(const Source& source, int64_t k, int64_t n, float* out, int64_t first,
+                      int64_t last) {
   for_panels(n, [&](auto vectors, int64_t column) INLINED {
     if (column < first || column >= last) return;
     float* panel = out + column * k;

@@ -65,9 +65,9 @@ INLINE void message_backward(const Rows& rows, const float* rotation, const floa
     for (int v = 0; v < V; v++) store(sum[k * V + v], x_grad + k * channels + v * LANES);
 }
 
-FOR_EVERY_CPU void messages(const Rows& rows, const float* rotations, const float* x,
-                            const int64_t* const* ends, int64_t channels, const float* radial,
-                            float* out, int64_t first, int64_t last) {
+static void messages(const Rows& rows, const float* rotations, const float* x,
+                     const int64_t* const* ends, int64_t channels, const float* radial,
+                     float* out, int64_t first, int64_t last) {
   for (int64_t e = first; e < last; e++)
     for (int end = 0; end < 2; end++) {
       const float* rotation = rotations + e * rows.entries;
@@ -80,10 +80,10 @@ FOR_EVERY_CPU void messages(const Rows& rows, const float* rotations, const floa
     }
 }
 
-FOR_EVERY_CPU void messages_backward(const Rows& rows, const float* rotations, const float* x,
-                                     const int64_t* const* ends, int64_t channels,
-                                     const float* radial, const float* grad, float* radial_grad,
-                                     float* const* x_grads, int64_t first, int64_t last) {
+static void messages_backward(const Rows& rows, const float* rotations, const float* x,
+                              const int64_t* const* ends, int64_t channels,
+                              const float* radial, const float* grad, float* radial_grad,
+                              float* const* x_grads, int64_t first, int64_t last) {
   for (int64_t e = first; e < last; e++)
     for (int end = 0; end < 2; end++) {
       const float* rotation = rotations + e * rows.entries;

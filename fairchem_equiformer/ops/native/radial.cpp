@@ -96,9 +96,9 @@ INLINE void add_to_rows(const Window& window, const float* grad, int64_t width, 
     }
 }
 
-FOR_EVERY_CPU void products(const Gaussians& basis, const float* distance, const float* matrix,
-                            int64_t width, const Tables& tables, float* out, int64_t first,
-                            int64_t last) {
+static void products(const Gaussians& basis, const float* distance, const float* matrix,
+                     int64_t width, const Tables& tables, float* out, int64_t first,
+                     int64_t last) {
   for (int64_t e = first; e < last; e++) {
     Window window;
     evaluate(basis, distance[e], window);
@@ -114,9 +114,9 @@ FOR_EVERY_CPU void products(const Gaussians& basis, const float* distance, const
 }
 
 // Columns from `first` to `last`, in vectors, of the matrix.
-FOR_EVERY_CPU void products_backward(const Gaussians& basis, const float* distance,
-                                     const float* grad, int64_t width, float* matrix_grad,
-                                     int64_t edges, int64_t first, int64_t last) {
+static void products_backward(const Gaussians& basis, const float* distance,
+                              const float* grad, int64_t width, float* matrix_grad,
+                              int64_t edges, int64_t first, int64_t last) {
   for (int64_t e = 0; e < edges; e++) {
     Window window;
     evaluate(basis, distance[e], window);
@@ -157,16 +157,16 @@ INLINE void norm_silu_backward(const Norm& norm, const float* x, const float* gr
   }
 }
 
-FOR_EVERY_CPU void some_norm_silu(const Norm& norm, int64_t channels, const float* x, float* out,
-                                  int64_t first, int64_t last) {
+static void some_norm_silu(const Norm& norm, int64_t channels, const float* x, float* out,
+                           int64_t first, int64_t last) {
   for_width<16, 32, 64, 128>(channels, [&](auto vectors) INLINED {
     norm_silu<vectors>(norm, x, out, first, last);
   });
 }
 
-FOR_EVERY_CPU void some_norm_silu_backward(const Norm& norm, int64_t channels, const float* x,
-                                           const float* grad, float* x_grad, float* sums,
-                                           int64_t first, int64_t last) {
+static void some_norm_silu_backward(const Norm& norm, int64_t channels, const float* x,
+                                    const float* grad, float* x_grad, float* sums,
+                                    int64_t first, int64_t last) {
   for_width<16, 32, 64, 128>(channels, [&](auto vectors) INLINED {
     norm_silu_backward<vectors>(norm, x, grad, x_grad, sums, first, last);
   });

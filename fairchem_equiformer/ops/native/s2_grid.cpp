@@ -379,9 +379,9 @@ INLINE void integrate_backward(const Grid& grid, const float* samples, const flo
 }
 
 // Items from `first` to `last`.
-FOR_EVERY_CPU void activate_items(const Grid& grid, const float* x, int64_t x_stride, float* y,
-                                  int64_t y_stride, int64_t channels, int64_t first,
-                                  int64_t last) {
+static void activate_items(const Grid& grid, const float* x, int64_t x_stride, float* y,
+                           int64_t y_stride, int64_t channels, int64_t first,
+                           int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const float* from = x + i * x_stride;
     float* to = y + i * y_stride;
@@ -391,10 +391,10 @@ FOR_EVERY_CPU void activate_items(const Grid& grid, const float* x, int64_t x_st
   }
 }
 
-FOR_EVERY_CPU void activate_items_backward(const Grid& grid, const float* x, int64_t x_stride,
-                                           const float* y_grad, int64_t grad_stride, float* x_grad,
-                                           int64_t x_grad_stride, int64_t channels, int64_t first,
-                                           int64_t last) {
+static void activate_items_backward(const Grid& grid, const float* x, int64_t x_stride,
+                                    const float* y_grad, int64_t grad_stride, float* x_grad,
+                                    int64_t x_grad_stride, int64_t channels, int64_t first,
+                                    int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const float *at = x + i * x_stride, *from = y_grad + i * grad_stride;
     float* to = x_grad + i * x_grad_stride;
@@ -404,8 +404,8 @@ FOR_EVERY_CPU void activate_items_backward(const Grid& grid, const float* x, int
   }
 }
 
-FOR_EVERY_CPU void sample_items(const Grid& grid, const float* x, int64_t x_stride, float* samples,
-                                int64_t channels, int64_t first, int64_t last) {
+static void sample_items(const Grid& grid, const float* x, int64_t x_stride, float* samples,
+                         int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const float* from = x + i * x_stride;
     float* to = samples + i * num_points(grid) * channels;
@@ -415,8 +415,8 @@ FOR_EVERY_CPU void sample_items(const Grid& grid, const float* x, int64_t x_stri
   }
 }
 
-FOR_EVERY_CPU void integrate_items(const Grid& grid, const float* samples, float* y,
-                                   int64_t channels, int64_t first, int64_t last) {
+static void integrate_items(const Grid& grid, const float* samples, float* y,
+                            int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const float* from = samples + i * num_points(grid) * channels;
     float* to = y + i * grid.out.rows * channels;
@@ -426,9 +426,9 @@ FOR_EVERY_CPU void integrate_items(const Grid& grid, const float* samples, float
   }
 }
 
-FOR_EVERY_CPU void sample_items_backward(const Grid& grid, const float* x, int64_t x_stride,
-                                         const float* samples_grad, float* x_grad,
-                                         int64_t channels, int64_t first, int64_t last) {
+static void sample_items_backward(const Grid& grid, const float* x, int64_t x_stride,
+                                  const float* samples_grad, float* x_grad,
+                                  int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const float* at = x + i * x_stride;
     const float* from = samples_grad + i * num_points(grid) * channels;
@@ -439,10 +439,10 @@ FOR_EVERY_CPU void sample_items_backward(const Grid& grid, const float* x, int64
   }
 }
 
-FOR_EVERY_CPU void integrate_items_backward(const Grid& grid, const float* samples,
-                                            const float* y_grad, int64_t grad_stride,
-                                            float* samples_grad, int64_t channels, int64_t first,
-                                            int64_t last) {
+static void integrate_items_backward(const Grid& grid, const float* samples,
+                                     const float* y_grad, int64_t grad_stride,
+                                     float* samples_grad, int64_t channels, int64_t first,
+                                     int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const int64_t item = i * num_points(grid) * channels;
     const float *at = samples + item, *from = y_grad + i * grad_stride;
@@ -453,8 +453,8 @@ FOR_EVERY_CPU void integrate_items_backward(const Grid& grid, const float* sampl
   }
 }
 
-FOR_EVERY_CPU void silu_rows(const float* x, int64_t x_stride, float* y, int64_t y_stride,
-                             int64_t channels, int64_t first, int64_t last) {
+static void silu_rows(const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                      int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++)
     for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
       Vec u[vectors], s[vectors];
@@ -465,9 +465,9 @@ FOR_EVERY_CPU void silu_rows(const float* x, int64_t x_stride, float* y, int64_t
     });
 }
 
-FOR_EVERY_CPU void silu_rows_backward(const float* x, int64_t x_stride, const float* y_grad,
-                                      int64_t grad_stride, float* x_grad, int64_t x_grad_stride,
-                                      int64_t channels, int64_t first, int64_t last) {
+static void silu_rows_backward(const float* x, int64_t x_stride, const float* y_grad,
+                               int64_t grad_stride, float* x_grad, int64_t x_grad_stride,
+                               int64_t channels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++)
     for_vectors<4>(0, channels, [&](auto vectors, int64_t c) INLINED {
       Vec u[vectors], s[vectors], flow[vectors];

@@ -8,7 +8,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))  // after the arguments of a lambda
-#define FOR_EVERY_CPU static
 
 // Of wider vectors compilers make slow code: they pass through memory.
 #if defined(__AVX512F__)

@@ -4,9 +4,9 @@
 
 namespace {
 
-FOR_EVERY_CPU void add_columns(const float* rows, int64_t stride, const int64_t* index,
-                               float* total, int64_t width, int64_t items, int64_t first,
-                               int64_t last) {
+static void add_columns(const float* rows, int64_t stride, const int64_t* index,
+                        float* total, int64_t width, int64_t items, int64_t first,
+                        int64_t last) {
   for (int64_t i = 0; i < items; i++) {
     const float* from = rows + i * stride;
     float* to = total + (index ? index[i] * width : 0);
@@ -21,9 +21,9 @@ FOR_EVERY_CPU void add_columns(const float* rows, int64_t stride, const int64_t*
   }
 }
 
-FOR_EVERY_CPU void sums_and_differences(const float* a, const float* b, int64_t stride, float* sum,
-                                        float* difference, int64_t width, int64_t first,
-                                        int64_t last) {
+static void sums_and_differences(const float* a, const float* b, int64_t stride, float* sum,
+                                 float* difference, int64_t width, int64_t first,
+                                 int64_t last) {
   for (int64_t i = first; i < last; i++)
     for (int64_t c = 0; c < width; c += LANES) {
       Vec one, other;
