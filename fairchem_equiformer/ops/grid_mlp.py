@@ -18,7 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops import library, triton
 from fairchem_equiformer.ops.linear import add_product, product
-from fairchem_equiformer.ops.native import GridKernels, grid_kernels, pack, product_kernels
+from fairchem_equiformer.ops.native import (
+    GridKernels,
+    grid_kernels,
+    pack,
+    product_kernels,
+    together,
+)
 from fairchem_equiformer.ops.s2_activation import grid_pieces, project
 from fairchem_equiformer.so3.grid import GRID_SCHEMA, Grid, GridSpec
 
@@ -61,16 +67,17 @@ def _backward(
     if made.on_gpu is not None:
         return made.on_gpu.backward(x, weight, grad)
     kernels = made.on_cpu
-    x_grad = torch.empty_like(x)
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
     weight_grad = torch.zeros_like(weight)
     silu_backward = torch.ops.aten.silu_backward
     for piece in _pieces(x, grid):
         if kernels is not None:
-            first = kernels.samples(x[piece])
-            mixed = _mix(first, weight.t())
-            mixed_grad = kernels.integral_backward(mixed, grad[piece])
-            add_product(weight_grad, mixed_grad.flatten(0, 1).t(), first.flatten(0, 1))
-            x_grad[piece] = kernels.samples_backward(x[piece], _mix(mixed_grad, weight))
+            with together():
+                first = kernels.samples(x[piece])
+                mixed = _mix(first, weight.t())
+                mixed_grad = kernels.integral_backward(mixed, grad[piece])
+                add_product(weight_grad, mixed_grad.flatten(0, 1).t(), first.flatten(0, 1))
+                kernels.samples_backward(x[piece], _mix(mixed_grad, weight), x_grad[piece])
             continue
         samples = project(grid.to_grid, x[piece])
         first = F.silu(samples)

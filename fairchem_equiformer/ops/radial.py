@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairchem_equiformer.ops import library, native, triton
-from fairchem_equiformer.ops.linear import Linear
+from fairchem_equiformer.ops.linear import Linear, linear
 from fairchem_equiformer.ops.native import (
     GaussianKernels,
     NormSiLUKernels,
@@ -171,8 +171,8 @@ class RadialTables(_Tables):
             return cls(first.t().contiguous(), None, None, *rest)
         width = weights.source_embedding.shape[1]
         parts = first.split([first.shape[1] - 2 * width, width, width], dim=1)
-        source = torch.mm(weights.source_embedding, parts[1].t())
-        target = torch.mm(weights.target_embedding, parts[2].t())
+        source = linear(weights.source_embedding, parts[1])
+        target = linear(weights.target_embedding, parts[2])
         return cls(parts[0].t().contiguous(), source, target, *rest)
 
 

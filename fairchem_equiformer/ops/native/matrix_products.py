@@ -17,7 +17,7 @@ from fairchem_equiformer.ops.native.interface import (
     NormStruct,
 )
 from fairchem_equiformer.ops.native.loader import usable
-from fairchem_equiformer.ops.native.together import keep
+from fairchem_equiformer.ops.native.together import flush, keep
 
 _WIDTH = 16
 # Less than this is done before a second thread has begun.
@@ -216,8 +216,15 @@ def product_kernels(
         reduced: rounded to bfloat16.
     """
     kernels = usable(*tensors)
-    if kernels is None or any(width % _WIDTH for width in widths):
-        return None
+    if kernels is not None and _taken(kernels, widths, reduced):
+        return kernels
+    flush()
+    return None
+
+
+def _taken(kernels: ctypes.CDLL, widths: Iterable[int], reduced: bool) -> bool:
+    if any(width % _WIDTH for width in widths):
+        return False
     if reduced and not kernels.has_bfloat16_products():
-        return None
-    return kernels if chosen() == "native" or kernels.prefers_own_products() else None
+        return False
+    return chosen() == "native" or bool(kernels.prefers_own_products())

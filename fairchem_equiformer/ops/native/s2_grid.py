@@ -88,12 +88,12 @@ class GridKernels:
         self._call("silu_samples", x, x, x.stride(0), out)
         return out
 
-    def samples_backward(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of :meth:`samples`, given that of its result: [B, R, C]."""
+    def samples_backward(self, x: Tensor, grad: Tensor, x_grad: Tensor) -> None:
+        """Write the gradient of :meth:`samples`, given that of its result, to ``x_grad``, dense."""
+        if not x_grad.is_contiguous():
+            raise ValueError(f"a gradient of shape {x_grad.shape} lies at {x_grad.stride()}")
         x, grad = dense_items(x), dense(grad)
-        x_grad = x.new_empty(x.shape)
         self._call("silu_samples_backward", x, x, x.stride(0), grad, x_grad)
-        return x_grad
 
     def integral(self, samples: Tensor) -> Tensor:
         """G^-1 SiLU(s): [B, P, C] to [B, S, C]."""
