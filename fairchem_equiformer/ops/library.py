@@ -61,7 +61,7 @@ def register(
 
     def fresh(*tensors: Any) -> list[Tensor]:
         with _autograd_below():
-            return [found.contiguous() for found in backward(*tensors) if found is not None]
+            return _apart([t.contiguous() for t in backward(*tensors) if t is not None])
 
     def fake_backward(_: Tensor, *values: Any) -> list[Tensor]:
         return [t.new_empty(t.shape) for index in wanted for t in _tensors(values[index])]
@@ -100,6 +100,17 @@ def register(
         f"{NAMESPACE}::{name}", differentiate, setup_context=keep, lib=_library
     )
     return operation
+
+
+def _apart(tensors: list[Tensor]) -> list[Tensor]:
+    """The same, none in another one's memory: results of an operation must not be."""
+    memory: set[int] = set()
+    found = []
+    for tensor in tensors:
+        own = tensor.untyped_storage().data_ptr()
+        found.append(tensor.clone() if own in memory else tensor)
+        memory.add(own)
+    return found
 
 
 def _autograd_below() -> Any:
