@@ -116,11 +116,9 @@ class _Compiled(NamedTuple):
     def backward(self, kind: str, x: Tensor, grad: Tensor) -> list[Tensor]:
         """Gradients of x and of the parameters."""
         x_grad, weights_grad, bias_grad = self.kernels.backward(x, self.weights, self.bias, grad)
-        of_parameters = [weights_grad, bias_grad]
         if kind == "layer_norm_sh":
-            of_parameters = [weights_grad[1:], weights_grad[0], bias_grad]
-        # They lie in one tensor, which an operation's results must not.
-        return [x_grad, *(part.clone() for part in of_parameters)]
+            return [x_grad, weights_grad[1:], weights_grad[0], bias_grad]
+        return [x_grad, weights_grad, bias_grad]
 
 
 def _differentiated(
