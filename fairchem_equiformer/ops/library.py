@@ -103,13 +103,14 @@ def register(
 
 
 def _apart(tensors: list[Tensor]) -> list[Tensor]:
-    """The same, none in another one's memory: results of an operation must not be."""
+    """The same, each all that is in its memory: results of an operation must be."""
     memory: set[int] = set()
     found = []
     for tensor in tensors:
-        own = tensor.untyped_storage().data_ptr()
-        found.append(tensor.clone() if own in memory else tensor)
-        memory.add(own)
+        storage = tensor.untyped_storage()
+        shared = storage.data_ptr() in memory or storage.nbytes() != tensor.nbytes
+        found.append(tensor.clone() if shared else tensor)
+        memory.add(storage.data_ptr())
     return found
 
 
