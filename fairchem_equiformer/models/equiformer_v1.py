@@ -115,8 +115,9 @@ class Equiformer(Model):
         return build_graph(data, self.config.graph(otf=self.otf_graph))
 
     def edges_at_once(self, device: torch.device) -> int:
-        """Edges of a chunk whose tensor products fit a budget."""
+        """Edges of a chunk whose tensor products fit a budget; half as many where none is kept."""
         width = self.edge_degree_embedding.product.irreps_out.dim
+        width *= 1 if torch.is_grad_enabled() else 2
         fitting = fitting_edges(width, self.norm.weight.dtype, device)
         return self.config.edges_per_chunk or fitting
 
