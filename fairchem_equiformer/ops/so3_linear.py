@@ -102,8 +102,8 @@ _operation = library.register(
 def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[l, m] = W[l] x[l, m] + (bias if l = 0).
 
-    Under autocast the products run in its dtype; on a CPU in that of x, which costs little there
-    and keeps the result's digits.
+    Under autocast the products run in its dtype; on a CPU in that of the weights, which costs
+    little there and keeps the result's digits.
 
     Args:
         x: [N, (lmax + 1)^2, C_in], l-major.
