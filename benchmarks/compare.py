@@ -41,7 +41,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -270,6 +270,37 @@ def environment(options: argparse.Namespace) -> Record:
         },
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def spec_of(options: argparse.Namespace, folder: str, **rest: Any) -> Spec:
+    """Return what to measure on a CPU, by the options model, size, threads and seconds.
+
+    Args:
+        options: of a command.
+        folder: for the files that the measuring process reads and writes.
+        rest: the other fields.
+    """
+    copies, atoms = options.size
+    return Spec(
+        config=str(CONFIGS.get(options.model, Path(options.model)).resolve()),
+        atoms=atoms,
+        batch=copies,
+        device="cpu",
+        threads=options.threads,
+        seconds=options.seconds,
+        round=0,
+        weights=f"{folder}/weights.pt",
+        record=f"{folder}/record.json",
+        results=f"{folder}/results.pt",
+        **rest,
+    )
+
+
+def title_of(options: argparse.Namespace) -> str:
+    """Return the same options in words."""
+    copies, atoms = options.size
+    batch = f"{copies} x {atoms}" if copies > 1 else f"{atoms}"
+    return f"{Path(options.model).stem}, {batch} atoms, {options.threads} threads"
 
 
 def device_name(device: str) -> str:

@@ -19,14 +19,21 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import CONFIGS, Contender, available_gib, device_name, run_child, size
-from benchmarks.spec import Spec
+from benchmarks.compare import (
+    CONFIGS,
+    Contender,
+    available_gib,
+    device_name,
+    run_child,
+    size,
+    spec_of,
+    title_of,
+)
 from benchmarks.table import WIDTH, Record
 
 if TYPE_CHECKING:
@@ -99,32 +106,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> Record:
     """Measure and print; return the record."""
     options = parse(arguments)
-    copies, atoms = options.size
     with tempfile.TemporaryDirectory() as folder:
-        spec = Spec(
+        spec = spec_of(
+            options,
+            folder,
             implementation=options.implementation,
             task=options.task,
-            config=str(CONFIGS.get(options.model, Path(options.model)).resolve()),
-            atoms=atoms,
-            batch=copies,
-            device="cpu",
-            threads=options.threads,
-            seconds=options.seconds,
-            round=0,
             memory_limit=int(options.memory * 2**30),
-            weights=f"{folder}/weights.pt",
-            record=f"{folder}/record.json",
-            results=f"{folder}/results.pt",
         )
         record = run_child(
             spec, options.timeout, Contender(options.implementation, module="benchmarks.stages")
         )
     if "failure" in record:
         raise SystemExit(f"benchmarks.profile: {record['failure']}")
-    batch = f"{copies} x {atoms}" if copies > 1 else f"{atoms}"
-    model = Path(options.model).stem
-    title = f"{options.task}, {model}, {batch} atoms, {options.threads} threads"
-    Console(width=WIDTH).print(table(record, title))
+    Console(width=WIDTH).print(table(record, f"{options.task}, {title_of(options)}"))
     print(
         f"{device_name('cpu')}; one large product {record['gemm_flop_per_second'] / 1e9:.0f} "
         f"GFLOP/s, a large copy {record['copy_bytes_per_second'] / 1e9:.1f} GB/s"

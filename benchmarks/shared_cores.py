@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import CONFIGS, ROOT, device_name, size
-from benchmarks.spec import Spec
+from benchmarks.compare import CONFIGS, ROOT, device_name, size, spec_of, title_of
 from benchmarks.table import WIDTH
 from fairchem_equiformer import threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from benchmarks.spec import Spec
 
 DEMO = ROOT / "examples/emt/eqv2_emt.yml"
 BUSY_LOOP = [sys.executable, "-c", "print(0.0, flush=True)\nwhile True: pass"]
@@ -138,31 +139,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Measure and print; return seconds by implementation and condition."""
     options = parse(arguments)
-    copies, atoms = options.size
     with tempfile.TemporaryDirectory() as folder:
-        spec = Spec(
-            implementation="",
-            task="training",
-            config=str(CONFIGS.get(options.model, Path(options.model)).resolve()),
-            atoms=atoms,
-            batch=copies,
-            device="cpu",
-            threads=options.threads,
-            seconds=options.seconds,
-            round=0,
-            memory_limit=0,
-            weights=f"{folder}/weights.pt",
-            record="",
-            results="",
-        )
+        spec = spec_of(options, folder, implementation="", task="training", memory_limit=0)
         found = {
             name: measure(replace(spec, implementation=name), Path(folder))
             for name in options.implementations
         }
-    batch = f"{copies} x {atoms}" if copies > 1 else f"{atoms}"
-    model = Path(options.model).stem
-    title = f"training step, {model}, {batch} atoms, {options.threads} threads"
-    Console(width=WIDTH).print(table(found, title))
+    Console(width=WIDTH).print(table(found, f"training step, {title_of(options)}"))
     print(f"{device_name('cpu')}, {os.cpu_count()} cores")
     return found
 
