@@ -17,7 +17,7 @@ from fairchem_equiformer.ops.native.interface import (
     ProductStruct,
 )
 from fairchem_equiformer.ops.native.loader import fits, usable
-from fairchem_equiformer.ops.native.together import dense
+from fairchem_equiformer.ops.native.together import dense, flush
 from fairchem_equiformer.so3.depthwise import DepthwisePaths
 
 
@@ -108,6 +108,7 @@ def depthwise_kernels(paths: DepthwisePaths, *tensors: Tensor) -> DepthwiseKerne
     """Kernels for such paths and tensors; None where the reference has to run."""
     kernels = usable(*tensors)
     if kernels is None or not paths.paths:
+        flush()
         return None
     misfit = kernels.depthwise_misfit(_layout(paths).struct)
     kind = f"depth-wise tensor products of {paths.irreps_in}"

@@ -19,7 +19,7 @@ from fairchem_equiformer.ops.native.interface import (
 )
 from fairchem_equiformer.ops.native.loader import fits, together, usable
 from fairchem_equiformer.ops.native.sums import add_rows
-from fairchem_equiformer.ops.native.together import dense
+from fairchem_equiformer.ops.native.together import dense, flush
 
 
 class GaussianKernels:
@@ -108,6 +108,7 @@ def gaussian_kernels(
     """
     kernels = usable(distance, centers, matrix, *terms)
     if kernels is None or len(centers) < 2:  # no spacing
+        flush()
         return None
     found = GaussianKernels(kernels, centers, coefficient, least_exponent)
     width = matrix.shape[1]
